@@ -1,0 +1,35 @@
+"""carsam: Segment Anything in 4 bits.
+
+>>> import carsam
+>>> result = carsam.quantize("facebook/sam-vit-base", "images/", out="sam-b-w4a4")
+>>> predictor = carsam.SamPredictor(carsam.load("sam-b-w4a4"))
+"""
+
+__version__ = "0.1.0"
+
+from carsam import errors
+from carsam.config import BitPlan, Bits, CalibrationConfig, QuantizeConfig
+from carsam.data.calibration import CalibrationImage, CalibrationSet, calibration_set
+from carsam.evaluate.coco_metrics import CocoResult, evaluate_coco
+from carsam.models.load import load_model
+from carsam.pack.checkpoint import load
+from carsam.pipeline import QuantizeResult, quantize
+from carsam.predictor import SamPredictor
+
+__all__ = [
+    "BitPlan",
+    "Bits",
+    "CalibrationConfig",
+    "CalibrationImage",
+    "CalibrationSet",
+    "CocoResult",
+    "QuantizeConfig",
+    "QuantizeResult",
+    "SamPredictor",
+    "calibration_set",
+    "errors",
+    "evaluate_coco",
+    "load",
+    "load_model",
+    "quantize",
+]

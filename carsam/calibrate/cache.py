@@ -1,0 +1,105 @@
+"""The activation cache: inputs and targets of a unit for all calibration images, in half precision.
+
+Two things keep ViT-H within a workstation's memory: tensors that repeat over their first dimension (the image embedding
+before the first decoder block is the same for every prompt of an image, positional embeddings always are) are stored
+once, and beyond a budget tensors lie in memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+class ActivationCache:
+    """A list of named tensors per calibration item.
+
+    Args:
+        space: Accounting and spill directory, shared by the caches of a run.
+    """
+
+    def __init__(self, space: CacheSpace):
+        self._space = space
+        self._items: list[dict[str, tuple[Tensor, int]]] = []
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def append(self, tensors: dict[str, Tensor]) -> None:
+        """Stores one item's tensors, each (n, ...)."""
+        self._items.append({name: self._store(value) for name, value in tensors.items()})
+
+    def _store(self, value: Tensor) -> tuple[Tensor, int]:
+        value, repeats = value.detach(), value.shape[0]
+        if repeats > 1 and torch.equal(value[:1].expand_as(value), value):
+            value = value[:1]
+        # Saturate instead of overflowing to infinity: one wild activation must not poison a whole unit.
+        return self._space.keep(value.clamp(-HALF_MAX, HALF_MAX).to(torch.float16)), repeats
+
+    def get(self, index: int, device: torch.device) -> dict[str, Tensor]:
+        """One item in float32 on ``device``."""
+        return {
+            name: value.to(device).float().expand(repeats, *value.shape[1:])
+            for name, (value, repeats) in self._items[index].items()
+        }
+
+    def batch(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
+        """Several items, concatenated along the first dimension."""
+        items = [self.get(index, device) for index in indices]
+        if len(items) == 1:
+            return items[0]
+        return {name: torch.cat([item[name] for item in items]) for name in items[0]}
+
+
+class CacheSpace:
+    """Memory budget and spill directory of a run's caches; the directory vanishes with it.
+
+    Args:
+        budget: Bytes to keep in memory.
+        directory: Parent of the spill directory (system temporary directory if None).
+    """
+
+    def __init__(self, budget: int = 6 * 2**30, directory: Path | None = None):
+        self.budget = budget
+        self._parent = directory
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._files = 0
+        self._live: list[tuple[object, int]] = []
+
+    def cache(self) -> ActivationCache:
+        """A new, empty cache."""
+        return ActivationCache(self)
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes of the tensors that are alive in memory."""
+        self._live = [(ref, size) for ref, size in self._live if ref() is not None]
+        return sum(size for _, size in self._live)
+
+    def keep(self, value: Tensor) -> Tensor:
+        """A CPU copy of ``value``, in memory within the budget, in a mapped file beyond it."""
+        size = value.numel() * value.element_size()
+        if self.in_memory + size <= self.budget:
+            kept = value.to("cpu", copy=True).contiguous()
+            self._live.append((weakref.ref(kept), size))
+            return kept
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="carsam-cache-", dir=self._parent)
+        self._files += 1
+        path = Path(self._folder.name) / f"{self._files}.bin"
+        with path.open("wb") as file:
+            # Reserve the space now: a full disk is an error here, but a bus error once the file is mapped.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        mapped = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
+        if os.name == "posix":
+            # The mapping keeps the data reachable; without its name, the file goes when the last tensor does.
+            path.unlink()
+        return mapped.copy_(value.flatten().cpu()).view(value.shape)

@@ -1,0 +1,179 @@
+"""Settings of a quantization: bits, method, data. Frozen, saved with every result, readable back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from carsam.errors import ConfigError
+from carsam.models.sites import Sites
+
+SUPPORTED_BITS = (*range(2, 9), 16)
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits of weights and activations; 16 means "left in floating point". Written ``w4a4``."""
+
+    weights: int
+    activations: int
+
+    def __post_init__(self):
+        for value in (self.weights, self.activations):
+            if value not in SUPPORTED_BITS:
+                raise ConfigError(f"{value} bits are not supported; choose from {', '.join(map(str, SUPPORTED_BITS))}.")
+
+    @classmethod
+    def parse(cls, text: str) -> Bits:
+        """Reads ``w4a4``, ``W6A8``.
+
+        Raises:
+            ConfigError: The text is not of that form, or the bits are not supported.
+        """
+        match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+        if match is None:
+            raise ConfigError(
+                f"cannot read the bits {text!r}; write weights and activations as w4a4, w6a6, w8a8, w4a8."
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"w{self.weights}a{self.activations}"
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Bits of every site: a default and overrides by site pattern, the last match wins.
+
+    Attributes:
+        default: For all sites.
+        overrides: ``(pattern, bits)`` pairs. The pattern is a shell pattern over site names: a layer's path
+            (``mask_decoder.*``, ``*.mlp.lin2``) sets its weights and input, an attention operand
+            (``*.probs``, ``vision_encoder.layers.0.attn.key``) that activation.
+    """
+
+    default: Bits
+    overrides: tuple[tuple[str, Bits], ...] = ()
+
+    @classmethod
+    def parse(cls, bits: str, overrides: dict[str, str] | None = None) -> BitPlan:
+        """From text: ``parse("w4a4", {"*.probs": "w4a8"})``."""
+        return cls(Bits.parse(bits), tuple((k, Bits.parse(v)) for k, v in (overrides or {}).items()))
+
+    def check(self, sites: Sites) -> None:
+        """Refuses overrides that match nothing.
+
+        Raises:
+            ConfigError: A pattern matches no site (a typo would otherwise pass in silence).
+        """
+        for pattern, _ in self.overrides:
+            if not any(fnmatchcase(name, pattern) for name in sites.names):
+                raise ConfigError(
+                    f"the bit setting {pattern!r} matches no site; site names look like "
+                    f"{sites.linears[0].name!r} or {sites.attentions[-1].operand('probs')!r}."
+                )
+
+    def _bits(self, *names: str) -> Bits:
+        found = self.default
+        for pattern, bits in self.overrides:
+            if any(fnmatchcase(name, pattern) for name in names):
+                found = bits
+        return found
+
+    def weight_bits(self, layer: str) -> int:
+        """Bits of a layer's weights."""
+        return self._bits(layer).weights
+
+    def activation_bits(self, site: str) -> int:
+        """Bits of an activation site; a layer's own path stands for its input as well."""
+        return self._bits(site, site.removesuffix(".input")).activations
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The calibration data.
+
+    Attributes:
+        images: Folder of images.
+        coco: COCO annotation file whose boxes are the prompts; None lets the model propose boxes.
+        n_images: Images to use.
+        boxes_per_image: Box prompts of an image.
+        box_source: Without a COCO file: ``auto`` (the model's own masks on a grid of points) or ``grid``.
+        seed: Choice of images and boxes, and everything random after it.
+    """
+
+    images: str = ""
+    coco: str | None = None
+    n_images: int = 32
+    boxes_per_image: int = 6
+    box_source: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.n_images < 1 or self.boxes_per_image < 1:
+            raise ConfigError("n_images and boxes_per_image must be at least 1.")
+        if self.box_source not in ("auto", "grid"):
+            raise ConfigError(f"unknown box source {self.box_source!r}; choose auto or grid.")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Everything that decides the bytes of a packed checkpoint, apart from the model and the images themselves.
+
+    Attributes:
+        method: Name of a registered method.
+        settings: The method's settings that differ from its defaults (nested mappings for nested settings).
+        bits: Default bits, as ``w4a4``.
+        overrides: Bits by site pattern.
+        calibration: The data.
+    """
+
+    method: str = "car-sam"
+    settings: dict[str, Any] = field(default_factory=dict)
+    bits: str = "w4a4"
+    overrides: dict[str, str] = field(default_factory=dict)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def bit_plan(self) -> BitPlan:
+        """The parsed bits."""
+        return BitPlan.parse(self.bits, self.overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mappings, for YAML and JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantizeConfig:
+        """Reads what :meth:`to_dict` wrote.
+
+        Raises:
+            ConfigError: A key is unknown.
+        """
+        return build(cls, values)
+
+
+def build(cls: type, values: Any, where: str = "") -> Any:
+    """Builds a (nested) frozen settings dataclass from plain mappings.
+
+    Raises:
+        ConfigError: A key is unknown, with the keys that exist.
+    """
+    from dataclasses import fields, is_dataclass
+    from typing import get_type_hints
+
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or cls.__name__} must be a mapping of settings, not {values!r}.")
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls) if f.init}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"unknown setting {where}{unknown[0]!r}; choose from {', '.join(sorted(known))}.")
+    arguments = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if is_dataclass(hint) and not is_dataclass(value):
+            value = build(hint, value, f"{where}{name}.")
+        arguments[name] = value
+    return cls(**arguments)

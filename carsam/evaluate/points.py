@@ -1,0 +1,230 @@
+"""Interactive evaluation: mean IoU after 1, 3 and 5 simulated clicks (METHOD.md, 11)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import SamModel
+
+from carsam.data.coco import CocoInstances
+from carsam.data.transforms import Geometry, Preprocessor
+from carsam.errors import ConfigError, DataError
+from carsam.evaluate.coco_metrics import Progress, evaluating, images_to_evaluate, save_json
+from carsam.predictor import encode_image, predict_logits
+
+
+@dataclass(frozen=True)
+class PointImageScore:
+    """One image's result.
+
+    Attributes:
+        name: File name.
+        mean_iou: Percent over the image's objects, by number of clicks; empty without objects.
+    """
+
+    name: str
+    mean_iou: dict[int, float]
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """Scores over a data set.
+
+    Attributes:
+        mean_iou: Percent over all objects, by number of clicks.
+        n_images: Images evaluated.
+        n_prompts: Objects.
+        per_image: In the order of the file.
+    """
+
+    mean_iou: dict[int, float]
+    n_images: int
+    n_prompts: int
+    per_image: tuple[PointImageScore, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mappings and lists, for JSON (which turns the numbers of clicks into text)."""
+        return {**asdict(self), "per_image": [asdict(score) for score in self.per_image]}
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON; an existing file is replaced at once or not at all."""
+        save_json(self.to_dict(), path)
+
+    def __str__(self) -> str:
+        scores = ", ".join(f"{iou:.1f} at {n} click{'s' if n > 1 else ''}" for n, iou in self.mean_iou.items())
+        return f"mean IoU {scores} ({self.n_prompts} objects, {self.n_images} images)"
+
+
+def evaluate_points(
+    model: SamModel,
+    coco_file: str | Path,
+    image_folder: str | Path,
+    *,
+    clicks: tuple[int, ...] = (1, 3, 5),
+    device: str | torch.device | None = None,
+    limit: int | None = None,
+    prompts_per_batch: int = 16,
+    progress: Progress | None = None,
+) -> PointResult:
+    """Simulates a user who clicks where the mask is most wrong.
+
+    The first click is the point of the object farthest from its boundary. Every further click is the point farthest
+    from the boundary of the wrong region, over missed pixels (a positive click) and surplus ones (a negative click),
+    whichever lies deeper (the protocol of RITM and of SAM's evaluation). One click is ambiguous, so the first answer
+    is the best of three masks by predicted IoU; later ones are the single mask, with the last low-resolution logits
+    as mask prompt, as SAM was trained.
+
+    Args:
+        model: Float or quantized.
+        coco_file: COCO instances; crowds are no objects.
+        image_folder: Folder that the file names are relative to.
+        clicks: Numbers of clicks to score.
+        device: Where to run; the model goes back to its device afterwards. None leaves it where it is.
+        limit: Only the file's first images.
+        prompts_per_batch: Objects handled at once.
+        progress: Called with (images done, images) after each image.
+
+    Raises:
+        ConfigError: ``clicks`` is empty, or a number is below 1.
+        DataError: A file is missing or not valid, images are missing, or there is no object.
+        DeviceError: The device is not available.
+    """
+    if not clicks or min(clicks) < 1 or prompts_per_batch < 1:
+        raise ConfigError(f"clicks ({clicks}) and prompts_per_batch ({prompts_per_batch}) must be numbers from 1.")
+    clicks = tuple(sorted(set(clicks)))
+    instances = CocoInstances.from_file(coco_file)
+    images = images_to_evaluate(instances, image_folder, limit)
+    preprocess = Preprocessor.for_model(model)
+
+    columns: list[np.ndarray] = []
+    scores: list[PointImageScore] = []
+    with evaluating(model, device):
+        for done, image in enumerate(images, 1):
+            # An empty mask (an annotation slip) has no point to click.
+            masks = [mask for mask in instances.masks(image.id) if mask.any()]
+            ious = np.zeros((len(clicks), 0))
+            if masks:
+                pixel_values, geometry = preprocess(instances.read_image(image, image_folder))
+                session = _Session(model, encode_image(model, pixel_values), geometry, preprocess.image_size)
+                batches = [masks[i : i + prompts_per_batch] for i in range(0, len(masks), prompts_per_batch)]
+                ious = np.concatenate([session.run(batch, clicks) for batch in batches], axis=1)
+                columns.append(ious)
+            means = dict(zip(clicks, ious.mean(axis=1).tolist())) if masks else {}
+            scores.append(PointImageScore(image.file_name, means))
+            if progress is not None:
+                progress(done, len(images))
+
+    if not columns:
+        raise DataError(f"{coco_file} has no objects (other than crowds) in its {len(images)} images to evaluate.")
+    table = np.concatenate(columns, axis=1)
+    mean_iou = dict(zip(clicks, table.mean(axis=1).tolist()))
+    return PointResult(mean_iou, len(images), table.shape[1], tuple(scores))
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One image, ready for clicks."""
+
+    model: SamModel
+    embeddings: Tensor
+    geometry: Geometry
+    image_size: int
+
+    def run(self, targets: list[np.ndarray], clicks: tuple[int, ...]) -> np.ndarray:
+        """IoU in percent ``(len(clicks), B)`` for masks ``(H, W)``."""
+        points = np.zeros((len(targets), 0, 2))
+        labels = np.zeros((len(targets), 0), dtype=np.int64)
+        masks = [np.zeros_like(target) for target in targets]
+        logits: Tensor | None = None
+        table = []
+        for n in range(1, max(clicks) + 1):
+            # A mask without error gets its last click again: all prompts of a batch need as many points.
+            found = [
+                next_click(t, m) or (tuple(p[-1]), int(q[-1])) for t, m, p, q in zip(targets, masks, points, labels)
+            ]
+            points = np.concatenate([points, np.array([p for p, _ in found], dtype=np.float64)[:, None]], axis=1)
+            labels = np.concatenate([labels, np.array([q for _, q in found])[:, None]], axis=1)
+            logits = self._predict(points, labels, logits)
+            masks = [(self.geometry.masks_to_original(m, self.image_size) > 0).cpu().numpy() for m in logits[:, 0]]
+            if n in clicks:
+                table.append([100 * mask_iou(m, t) for m, t in zip(masks, targets)])
+        return np.array(table)
+
+    def _predict(self, points: np.ndarray, labels: np.ndarray, previous: Tensor | None) -> Tensor:
+        low_res, iou = predict_logits(
+            self.model,
+            self.embeddings,
+            points=torch.from_numpy(self.geometry.points_to_input(points)).float(),
+            labels=torch.from_numpy(labels),
+            masks=previous,
+            multimask_output=previous is None,
+        )
+        best = iou.argmax(dim=1)
+        return low_res[torch.arange(len(best), device=best.device), best][:, None]
+
+
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """IoU (0..1) of boolean masks ``(H, W)``; 1 where both are empty."""
+    union = np.count_nonzero(a | b)
+    return np.count_nonzero(a & b) / union if union else 1.0
+
+
+def next_click(target: np.ndarray, mask: np.ndarray) -> tuple[tuple[float, float], int] | None:
+    """The click that corrects a mask most.
+
+    Args:
+        target: ``(H, W)`` bool, what the user wants.
+        mask: ``(H, W)`` bool, what the model gave; empty before the first click.
+
+    Returns:
+        The point (x, y) in pixels and its label (1 for a missed region, 0 for a surplus one), or None if the mask is
+        the target.
+    """
+    missed, missed_depth = deepest_point(target & ~mask)
+    surplus, surplus_depth = deepest_point(mask & ~target)
+    if missed_depth == surplus_depth == 0:
+        return None
+    return (missed, 1) if missed_depth >= surplus_depth else (surplus, 0)
+
+
+def deepest_point(region: np.ndarray) -> tuple[tuple[float, float], float]:
+    """The pixel of a region ``(H, W)`` farthest from its boundary: (x, y) and its distance, 0 for an empty region."""
+    rows, columns = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
+    if not len(rows):
+        return (0.0, 0.0), 0.0
+    top, left = rows[0], columns[0]
+    distance = distance_to_boundary(region[top : rows[-1] + 1, left : columns[-1] + 1])
+    y, x = np.unravel_index(distance.argmax(), distance.shape)
+    return (float(left + x), float(top + y)), float(distance[y, x])
+
+
+def distance_to_boundary(region: np.ndarray) -> np.ndarray:
+    """Euclidean distance in pixels of each pixel of a region to the nearest pixel outside it, exact.
+
+    Everything beyond the array is outside. Works by columns first, then across them (Saito and Toriwaki 1994).
+
+    Args:
+        region: ``(H, W)`` bool.
+
+    Returns:
+        ``(H, W)`` float64, 0 outside the region.
+    """
+    padded = np.pad(region, 1)
+    height, width = padded.shape
+    rows = np.arange(height)[:, None]
+    above = np.maximum.accumulate(np.where(padded, -height, rows), axis=0)
+    below = np.minimum.accumulate(np.where(padded, 2 * height, rows)[::-1], axis=0)[::-1]
+    vertical = np.minimum(rows - above, below - rows).astype(np.int64) ** 2
+    squared = vertical.copy()
+    for shift in range(1, width):
+        if shift * shift >= squared.max():
+            break
+        offset = shift * shift
+        np.minimum(squared[:, shift:], vertical[:, :-shift] + offset, out=squared[:, shift:])
+        np.minimum(squared[:, :-shift], vertical[:, shift:] + offset, out=squared[:, :-shift])
+    return np.sqrt(squared[1:-1, 1:-1])

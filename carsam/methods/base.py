@@ -1,0 +1,152 @@
+"""The contract of a quantization method, and the registry that finds them.
+
+A method is a frozen dataclass; its fields are its settings. It overrides the hooks it needs and nothing else:
+
+=================  =====================================================  ==========================
+hook               decides                                                default
+=================  =====================================================  ==========================
+quantizer_for      the quantizer of an activation site                    uniform, per tensor
+softmax_for        the quantizer of a softmax output                      ``softmax`` setting
+transform          changes to the float model before anything else        none
+units              what is reconstructed, in execution order              none (nearest rounding)
+prepare_unit       changes to a unit when its turn comes                  none
+=================  =====================================================  ==========================
+
+A new method is one new module in this folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from torch import nn
+
+from carsam.calibrate.observers import OBSERVERS
+from carsam.config import build
+from carsam.errors import ConfigError
+from carsam.models.sites import Sites
+from carsam.quantizers import SOFTMAX_GRIDS, ActivationQuantizer
+from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
+from carsam.reconstruct.units import Unit
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods.
+
+    Attributes:
+        weight_observer: ``mse`` or ``min-max``.
+        activation_observer: ``mse``, ``min-max``, ``moving-average`` or ``percentile``.
+        softmax: Grid of softmax outputs: ``uniform`` or ``row-max``.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    weight_observer: str = "mse"
+    activation_observer: str = "mse"
+    softmax: str = "uniform"
+
+    def __post_init__(self):
+        choices = (
+            ("weight_observer", ("mse", "min-max")),
+            ("activation_observer", OBSERVERS),
+            ("softmax", tuple(SOFTMAX_GRIDS)),
+        )
+        for setting, allowed in choices:
+            value = getattr(self, setting)
+            if value not in allowed:
+                raise ConfigError(f"unknown {setting} {value!r}; choose from {', '.join(allowed)}.")
+
+    def quantizer_for(self, site: str, bits: int) -> nn.Module:
+        """Quantizer of an activation site (a layer's input, or query, key, value of an attention)."""
+        return ActivationQuantizer(bits)
+
+    def softmax_for(self, site: str, bits: int) -> nn.Module:
+        """Softmax with quantized output for an attention."""
+        return SOFTMAX_GRIDS[self.softmax](bits)
+
+    def transform(self, model: nn.Module, sites: Sites, statistics: Any) -> None:
+        """Changes the float model in place before it is quantized."""
+
+    def units(self, sites: Sites) -> list[Unit]:
+        """Units in execution order, covering every site; none means nearest rounding with observed ranges."""
+        return []
+
+    def reconstruction_for(self, unit: Unit) -> ReconstructionSettings | None:
+        """Settings of the optimiser loop for a unit; None observes and rounds to nearest."""
+        return None
+
+    def steps_for(self, unit: Unit, sites: Sites) -> int:
+        """Optimiser steps of a unit."""
+        settings = self.reconstruction_for(unit)
+        if settings is None:
+            return 0
+        return settings.decoder_steps if unit.stage == sites.decoder else settings.steps
+
+    def prepare_unit(
+        self,
+        model: nn.Module,
+        unit: Unit,
+        data: UnitData,
+        sites: Sites,
+        refit: Callable[[nn.Module], None],
+        device: Any,
+    ) -> list[Any]:
+        """Changes a unit's float weights when its turn comes; returns reports."""
+        return []
+
+    def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
+        """All settings that decide how a unit comes out, given the units before it.
+
+        Two methods that agree on these share the result: rows of an ablation compute their common stages once.
+        """
+        return {f.name: getattr(self, f.name) for f in fields(Method)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings as plain mappings."""
+        return asdict(self)
+
+
+def registry() -> dict[str, type[Method]]:
+    """All methods by name: every subclass with a name, from every module of this folder."""
+    import carsam.methods as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+    found: dict[str, type[Method]] = {}
+    pending = list(Method.__subclasses__())
+    while pending:
+        cls = pending.pop()
+        pending += cls.__subclasses__()
+        if cls.__dict__.get("name"):
+            found[cls.name] = cls
+    return dict(sorted(found.items()))
+
+
+def create(name: str, settings: dict[str, Any] | None = None) -> Method:
+    """A method from its name and the settings that differ from its defaults.
+
+    Raises:
+        ConfigError: No such method or setting, with the choices.
+    """
+    methods = registry()
+    if name not in methods:
+        raise ConfigError(f"unknown method {name!r}; choose from {', '.join(methods)}.")
+    cls = methods[name]
+    defaults = cls().to_dict()
+    return build(cls, merge(defaults, settings or {}))
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` over it, nested mappings merged; unknown keys stay for the check that follows."""
+    merged = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if nested else value
+    return merged

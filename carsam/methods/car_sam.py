@@ -1,0 +1,73 @@
+"""CAR-SAM (CVPR 2026, arXiv 2605.16901): MatMul-Aware Compensation and Joint Cross-Attention Reconstruction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from carsam.errors import ConfigError
+from carsam.methods.qdrop import QDrop
+from carsam.models.sites import Sites
+from carsam.reconstruct.optimize import UnitData
+from carsam.reconstruct.units import GRANULARITIES, Unit, decoder_units, encoder_units, run_unit
+from carsam.transform.mac import MacReport, MacSettings, compensate_attention
+
+
+@dataclass(frozen=True)
+class CarSam(QDrop):
+    """QDrop with MAC at each decoder attention and JCAR units in the decoder.
+
+    Attributes:
+        mac: Settings of the compensation; all branches off leaves it out.
+        granularity: Decoder units: ``pair`` is JCAR, ``module`` leaves it out, ``block`` and ``decoder`` go further.
+    """
+
+    name: ClassVar[str] = "car-sam"
+    summary: ClassVar[str] = "QDrop with MAC and JCAR in the mask decoder"
+
+    mac: MacSettings = field(default_factory=MacSettings)
+    granularity: str = "pair"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.granularity not in GRANULARITIES:
+            raise ConfigError(f"unknown granularity {self.granularity!r}; choose from {', '.join(GRANULARITIES)}.")
+
+    def units(self, sites: Sites) -> list[Unit]:
+        return encoder_units(sites) + decoder_units(sites, self.granularity)
+
+    def prepare_unit(
+        self,
+        model: nn.Module,
+        unit: Unit,
+        data: UnitData,
+        sites: Sites,
+        refit: Callable[[nn.Module], None],
+        device: torch.device,
+    ) -> list[MacReport]:
+        """MAC at each attention of a decoder unit, in execution order, each after the one before it."""
+        if not self.mac.enabled or unit.stage != sites.decoder:
+            return []
+        runs = [
+            lambda index=index: run_unit(model, unit, data.quantized.get(index, device))
+            for index in range(len(data.quantized))
+        ]
+        attentions = [
+            site.name
+            for site in sites.attentions
+            if any(site.name == path or site.name.startswith(path + ".") for path in unit.scope)
+        ]
+        return [
+            compensate_attention(model.get_submodule(name), name, runs, self.mac, refit=refit) for name in attentions
+        ]
+
+    def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
+        settings = super().unit_settings(unit, sites)
+        # MAC changes nothing in the encoder, so an encoder unit is the same with it and without, and as QDrop's.
+        if unit.stage == sites.decoder and self.mac.enabled:
+            settings["mac"] = asdict(self.mac)
+        return settings

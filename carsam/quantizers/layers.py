@@ -1,0 +1,100 @@
+"""Linear and Conv2d under quantization: float weights, their grids, and the quantizer of the input."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carsam.quantizers.rounding import SoftRound, initial_alpha, weight_grid
+from carsam.quantizers.simulation import current
+from carsam.quantizers.uniform import decode, encode
+
+
+class QuantizedLayer(nn.Module):
+    """A Linear or Conv2d being quantized; it takes over the float layer's parameters under the same names.
+
+    Life of the weights: floating point → grid fitted (:meth:`fit_weight`) → rounding learned or nearest →
+    :meth:`freeze`, after which ``weight`` holds ``scale · (codes − zero_point)`` and ``codes`` the integers.
+
+    Args:
+        source: The float layer.
+        weight_bits: Bits of a weight code (2 to 8, or 16 for floating point).
+        input_quantizer: Quantizer of the layer's input.
+    """
+
+    def __init__(self, source: nn.Linear | nn.Conv2d, weight_bits: int, input_quantizer: nn.Module):
+        super().__init__()
+        self.weight, self.bias = source.weight, source.bias
+        self.weight_bits = weight_bits
+        self.input_quantizer = input_quantizer
+        self.conv = None
+        if isinstance(source, nn.Conv2d):
+            if source.groups != 1 or source.padding_mode != "zeros":
+                raise TypeError("only ungrouped, zero-padded Conv2d layers can be quantized")
+            self.conv = {"stride": source.stride, "padding": source.padding, "dilation": source.dilation}
+        self.weight_scale: Tensor | None = None
+        self.weight_zero_point: Tensor | None = None
+        self.codes: Tensor | None = None
+        self.alpha: nn.Parameter | None = None
+        self._floor: Tensor | None = None
+
+    def _per_channel(self, values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * (self.weight.dim() - 1))
+
+    def fit_weight(self, observer: str = "mse") -> None:
+        """(Re)fits the weight grid to the current float weights."""
+        assert self.codes is None, "weights are already integers"
+        if self.weight_bits < 16:
+            self.weight_scale, self.weight_zero_point = weight_grid(self.weight, self.weight_bits, observer=observer)
+
+    def learn_rounding(self) -> nn.Parameter | None:
+        """Starts AdaRound; returns α, or None for a layer whose weights stay in floating point."""
+        if self.weight_bits >= 16:
+            return None
+        scale, zero = self._per_channel(self.weight_scale), self._per_channel(self.weight_zero_point)
+        self.alpha = nn.Parameter(initial_alpha(self.weight.detach(), scale))
+        self._floor = (self.weight.detach() / scale).floor_().add_(zero)
+        return self.alpha
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Makes the weights integers: α ≥ 0 rounds up where rounding was learned, to nearest elsewhere."""
+        if self.weight_bits >= 16 or self.codes is not None:
+            return
+        if self.weight_scale is None:
+            raise RuntimeError("a weight has no grid yet; did you run calibration first?")
+        scale, zero = self._per_channel(self.weight_scale), self._per_channel(self.weight_zero_point)
+        if self.alpha is not None:
+            codes = (self._floor + (self.alpha >= 0)).clamp_(0, 2**self.weight_bits - 1)
+        else:
+            codes = encode(self.weight, scale, zero, self.weight_bits)
+        self.set_codes(codes.to(torch.uint8), self.weight_scale, self.weight_zero_point)
+
+    @torch.no_grad()
+    def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Takes integers (out, ...) uint8 with their grid (out,) as the weights, for good."""
+        self.weight_scale, self.weight_zero_point, self.codes = scale, zero_point, codes
+        self.alpha = self._floor = None
+        self.weight.copy_(decode(codes.float(), self._per_channel(scale), self._per_channel(zero_point)))
+
+    def simulated_weight(self) -> Tensor:
+        """The weights that the simulation asks for."""
+        if self.codes is not None or not current().weights or self.weight_bits >= 16:
+            return self.weight
+        if self.weight_scale is None:
+            raise RuntimeError("a weight has no grid yet; did you run calibration first?")
+        scale, zero = self._per_channel(self.weight_scale), self._per_channel(self.weight_zero_point)
+        if self.alpha is not None:
+            return SoftRound.apply(self.alpha, self._floor, scale, zero, self.weight_bits)
+        return decode(encode(self.weight.detach(), scale, zero, self.weight_bits), scale, zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Linear: (..., in) → (..., out). Conv2d: (batch, in, h, w) → (batch, out, h', w')."""
+        x, weight = self.input_quantizer(x), self.simulated_weight()
+        if self.conv is None:
+            return F.linear(x, weight, self.bias)
+        return F.conv2d(x, weight, self.bias, **self.conv)
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.weight.shape)}, weight_bits={self.weight_bits}"

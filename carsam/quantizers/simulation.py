@@ -1,0 +1,77 @@
+"""What is simulated right now: one state for the whole model, set by a context manager and never left on.
+
+Public PTQ code kept such state as flags on every module, and left some of them on when scores were taken
+(METHOD.md, 11). Here the state lives in one place and is restored when the ``with`` block ends. A packed model does
+not read it at all: its quantizers always quantize.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """The state that simulated layers read.
+
+    Attributes:
+        weights: Layers use their quantized weights (nearest, or learned while a unit is reconstructed).
+        activations: Activation quantizers quantize.
+        drop: Probability that an activation element stays in floating point (QDrop, ICLR 2022).
+        observe: Called as ``observe(quantizer, values)`` before each activation quantizer, or None.
+    """
+
+    weights: bool = False
+    activations: bool = False
+    drop: float = 0.0
+    observe: Callable[[Any, torch.Tensor], None] | None = None
+
+
+# A module-level value and not a ContextVar: autograd runs backward passes (and recomputation in them) on threads of
+# its own for CUDA, and those would not see the caller's context.
+_current = Simulation()
+
+
+def current() -> Simulation:
+    """The simulation in force."""
+    return _current
+
+
+@contextmanager
+def simulate(**changes: Any) -> Iterator[None]:
+    """Changes the simulation within a ``with`` block; fields not named keep their value.
+
+    Example:
+        >>> with simulate(weights=True, activations=True):
+        ...     quantized = model(pixel_values)
+    """
+    global _current
+    previous = _current
+    _current = replace(previous, **changes)
+    try:
+        yield
+    finally:
+        _current = previous
+
+
+def keep_mask(shape: torch.Size, drop: float, device: torch.device) -> torch.Tensor:
+    """Which elements are quantized: True with probability ``1 - drop``.
+
+    At the usual 0.5 one random 64-bit word serves 64 elements: the CPU generator is serial, and a global attention of
+    ViT-B has 200 million softmax outputs a step.
+
+    Returns:
+        Boolean tensor of ``shape``.
+    """
+    if drop != 0.5:
+        return torch.rand(shape, device=device) >= drop
+    count = shape.numel()
+    words = torch.randint(-(2**63), 2**63 - 1, ((count + 63) // 64,), dtype=torch.int64, device=device)
+    octets = words.view(torch.uint8)
+    bits = (octets[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    return bits.view(torch.bool).flatten()[:count].view(shape)

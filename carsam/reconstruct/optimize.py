@@ -1,0 +1,196 @@
+"""The only optimiser loop: learned rounding and step sizes of one unit (METHOD.md, 3 and 4)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from carsam.calibrate.cache import ActivationCache
+from carsam.errors import ConfigError
+from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
+from carsam.quantizers.rounding import rounding_penalty_gradient
+from carsam.quantizers.simulation import keep_mask
+from carsam.reconstruct.losses import relative_loss
+from carsam.reconstruct.units import Unit, run_unit
+
+
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """Settings of the optimiser loop.
+
+    Attributes:
+        steps: Optimiser steps of an encoder unit. PTQ4SAM takes 20,000 with rate 1e-3 for rounding; the default is
+            a short schedule with a rate to match.
+        decoder_steps: Of a decoder unit.
+        images_per_step: Images whose blocks or prompts form one step.
+        learn_rounding: AdaRound; otherwise weights round to nearest.
+        rounding_rate: Adam's rate for α.
+        rounding_weight: λ of AdaRound's regulariser.
+        rounding_warmup: Share of the steps before it sets in.
+        learn_scales: Learn the steps of activation grids (LSQ).
+        scale_rate: Adam's rate for them, decayed by a cosine.
+        relative_scales: The rate is relative to the step (its logarithm is learned); absolute as in PTQ4SAM otherwise.
+        drop: QDrop's probability that an activation element stays in floating point; also the share of the unit's
+            input taken from the float model. 0 is BRECQ.
+    """
+
+    steps: int = 300
+    decoder_steps: int = 300
+    images_per_step: int = 1
+    learn_rounding: bool = True
+    rounding_rate: float = 1e-2
+    rounding_weight: float = 0.01
+    rounding_warmup: float = 0.2
+    learn_scales: bool = True
+    scale_rate: float = 2e-3
+    relative_scales: bool = True
+    drop: float = 0.5
+
+    def __post_init__(self):
+        if self.steps < 0 or self.decoder_steps < 0 or self.images_per_step < 1:
+            raise ConfigError("steps must not be negative, and a step needs at least one image.")
+        if not 0 <= self.drop < 1:
+            raise ConfigError(f"the drop probability must lie in [0, 1), not {self.drop}.")
+
+
+@dataclass
+class UnitReport:
+    """How a unit's reconstruction went.
+
+    Attributes:
+        unit: Its name.
+        steps: Steps taken.
+        losses: (step, loss) points along the way.
+        before, after: Relative squared error of every output before and after, always quantizing, on one pass.
+    """
+
+    unit: str
+    steps: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+
+
+def unit_seed(seed: int, unit: str) -> int:
+    """A seed of the unit's own: a resumed run draws what the uninterrupted one would have drawn."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{unit}".encode()).digest()[:7], "big")
+
+
+@dataclass
+class UnitData:
+    """Cached data of one unit: inputs from the quantized-so-far and from the float model, float targets."""
+
+    quantized: ActivationCache
+    floating: ActivationCache
+    targets: ActivationCache
+    variances: list[float]
+
+    def batch_targets(self, indices: list[int], device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Targets of some images, in output order."""
+        return tuple(self.targets.batch(indices, device).values())
+
+
+@torch.no_grad()
+def relative_errors(model: nn.Module, unit: Unit, data: UnitData, device: torch.device) -> list[float]:
+    """Σ (output − target)² / Σ (target − mean)² of every output over all images, everything quantized."""
+    sums = [0.0] * len(data.variances)
+    counts = [0] * len(data.variances)
+    with simulate(weights=True, activations=True, drop=0.0):
+        for index in range(len(data.quantized)):
+            outputs = run_unit(model, unit, data.quantized.get(index, device))
+            for i, (output, target) in enumerate(zip(outputs, data.batch_targets([index], device))):
+                sums[i] += (output - target).square().sum().item()
+                counts[i] += target.numel()
+    return [s / n / v for s, n, v in zip(sums, counts, data.variances)]
+
+
+def optimise(
+    model: nn.Module,
+    unit: Unit,
+    data: UnitData,
+    settings: ReconstructionSettings,
+    *,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[int], None] | None = None,
+) -> UnitReport:
+    """Learns rounding and step sizes of one unit, then leaves both settled (weights still to be frozen).
+
+    Args:
+        model: The model being quantized; only the unit's modules change.
+        unit: The unit.
+        data: Its cached inputs and targets.
+        settings: Of the loop.
+        steps: Steps to take.
+        seed: Of the run; the unit derives its own.
+        device: Where the unit runs.
+        progress: Called with the number of steps done.
+
+    Returns:
+        What happened.
+    """
+    report = UnitReport(unit.name, before=relative_errors(model, unit, data, device))
+    layers = [m for module in unit.modules(model) for m in module.modules() if isinstance(m, QuantizedLayer)]
+    quantizers = [
+        m
+        for module in unit.modules(model)
+        for m in module.modules()
+        if isinstance(m, ActivationQuantizer) and m.bits < 16
+    ]
+    alphas = [layer.learn_rounding() for layer in layers] if settings.learn_rounding else []
+    alphas = [alpha for alpha in alphas if alpha is not None]
+    scales = [q.learn_scale(relative=settings.relative_scales) for q in quantizers] if settings.learn_scales else []
+    fused = device.type in ("cpu", "cuda")
+    optimisers = []
+    if alphas:
+        optimisers.append(torch.optim.Adam(alphas, lr=settings.rounding_rate, fused=fused))
+    if scales:
+        optimisers.append(torch.optim.Adam(scales, lr=settings.scale_rate, fused=fused))
+    warmup = int(settings.rounding_warmup * steps)
+
+    try:
+        with torch.random.fork_rng(), simulate(weights=True, activations=True, drop=settings.drop):
+            torch.manual_seed(unit_seed(seed, unit.name))
+            for step in range(steps if optimisers else 0):
+                order = torch.randperm(len(data.quantized))[: settings.images_per_step].tolist()
+                inputs = data.quantized.batch(order, device)
+                if settings.drop > 0:
+                    # QDrop's mixed input: element-wise, from the quantized and the float model.
+                    floating = data.floating.batch(order, device)
+                    inputs = {
+                        name: torch.where(keep_mask(value.shape, settings.drop, device), value, floating[name])
+                        for name, value in inputs.items()
+                    }
+                targets = data.batch_targets(order, device)
+                loss = relative_loss(run_unit(model, unit, inputs), targets, data.variances, unit.channel_dim)
+                for optimiser in optimisers:
+                    optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                if alphas and step >= warmup and settings.rounding_weight > 0:
+                    share = (step - warmup) / max(1, steps - warmup)
+                    beta = 2 + (20 - 2) * max(0.0, 1 - share)
+                    for alpha in alphas:
+                        alpha.grad.add_(rounding_penalty_gradient(alpha.detach(), beta), alpha=settings.rounding_weight)
+                if scales:
+                    rate = 0.5 * settings.scale_rate * (1 + math.cos(math.pi * step / steps))
+                    optimisers[-1].param_groups[0]["lr"] = rate
+                for optimiser in optimisers:
+                    optimiser.step()
+                if step % max(1, steps // 40) == 0 or step == steps - 1:
+                    report.losses.append((step, loss.item()))
+                if progress is not None:
+                    progress(step + 1)
+        report.steps = steps if optimisers else 0
+    finally:
+        for quantizer in quantizers:
+            quantizer.settle()
+    for layer in layers:
+        layer.freeze()
+    report.after = relative_errors(model, unit, data, device)
+    return report
