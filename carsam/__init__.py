@@ -5,16 +5,22 @@
 >>> predictor = carsam.SamPredictor(carsam.load("sam-b-w4a4"))
 """
 
+import sys
+from pathlib import Path
+
 __version__ = "0.1.0"
 
-from carsam import errors
-from carsam.config import BitPlan, Bits, CalibrationConfig, QuantizeConfig
-from carsam.data.calibration import CalibrationImage, CalibrationSet, calibration_set
-from carsam.evaluate.coco_metrics import CocoResult, evaluate_coco
-from carsam.models.load import load_model
-from carsam.pack.checkpoint import load
-from carsam.pipeline import QuantizeResult, quantize
-from carsam.predictor import SamPredictor
+# The command line answers --help without the seconds that torch and transformers take to import: its commands import what
+# they need by module. Everywhere else, importing carsam also teaches transformers to load packed folders.
+if Path(sys.argv[0]).stem != "carsam":
+    from carsam import errors
+    from carsam.config import BitPlan, Bits, CalibrationConfig, QuantizeConfig
+    from carsam.data.calibration import CalibrationImage, CalibrationSet, calibration_set
+    from carsam.evaluate.coco_metrics import CocoResult, evaluate_coco
+    from carsam.models.load import load_model
+    from carsam.pack.checkpoint import load
+    from carsam.pipeline import QuantizeResult, quantize
+    from carsam.predictor import SamPredictor
 
 __all__ = [
     "BitPlan",

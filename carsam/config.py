@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from carsam.errors import ConfigError
 from carsam.models.sites import Sites
@@ -160,9 +162,6 @@ def build(cls: type, values: Any, where: str = "") -> Any:
     Raises:
         ConfigError: A key is unknown, with the keys that exist.
     """
-    from dataclasses import fields, is_dataclass
-    from typing import get_type_hints
-
     if not isinstance(values, dict):
         raise ConfigError(f"{where or cls.__name__} must be a mapping of settings, not {values!r}.")
     hints = get_type_hints(cls)
@@ -175,5 +174,29 @@ def build(cls: type, values: Any, where: str = "") -> Any:
         hint = hints[name]
         if is_dataclass(hint) and not is_dataclass(value):
             value = build(hint, value, f"{where}{name}.")
-        arguments[name] = value
+        arguments[name] = _typed(value, hint, f"{where}{name}")
     return cls(**arguments)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """Checks a plain value against a field's type; whole numbers become floats where floats are meant.
+
+    Raises:
+        ConfigError: It is of another type.
+    """
+    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for choice in choices:
+        kind = get_origin(choice) or choice
+        if kind is float and type(value) is int:
+            return float(value)
+        if kind is tuple and isinstance(value, list):
+            return tuple(value)
+        # A bool is an int to Python, but "steps: yes" is a slip.
+        if kind is Any or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
+            if kind is float and not math.isfinite(value):
+                break
+            if get_args(choice) == (str, str) and not all(isinstance(v, str) for v in (*value, *value.values())):
+                break
+            return value
+    expected = " or ".join("nothing" if c is type(None) else getattr(c, "__name__", str(c)) for c in choices)
+    raise ConfigError(f"the setting {where!r} must be {expected}, not {value!r}.")

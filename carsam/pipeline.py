@@ -25,7 +25,7 @@ from carsam.methods.base import Method, create
 from carsam.models.load import load_model, resolve_device
 from carsam.models.prepare import prepare_model
 from carsam.models.sites import Sites, find_sites
-from carsam.pack.checkpoint import load, save_packed
+from carsam.pack.checkpoint import check_target, load, save_packed
 from carsam.pack.layout import pack
 from carsam.quantizers import QuantizedLayer
 from carsam.reconstruct.store import UnitStore, code_fingerprint, fingerprint, model_fingerprint
@@ -101,10 +101,8 @@ def quantize(
     plan = config.bit_plan()
     device = resolve_device(device)
     out = Path(out) if out is not None else None
-    if out is not None and out.exists() and not overwrite:
-        raise carsam.errors.CarsamError(
-            f"{out} exists already; choose another folder or allow overwriting (--overwrite)."
-        )
+    if out is not None:
+        check_target(out, overwrite)
 
     source = "" if isinstance(model, SamModel) else str(model)
     reference = copy.deepcopy(model) if isinstance(model, SamModel) else load_model(model)

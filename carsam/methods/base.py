@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -86,17 +85,9 @@ class Method:
         settings = self.reconstruction_for(unit)
         if settings is None:
             return 0
-        return settings.decoder_steps if unit.stage == sites.decoder else settings.steps
+        return settings.decoder_steps if sites.in_decoder(unit.stage) else settings.steps
 
-    def prepare_unit(
-        self,
-        model: nn.Module,
-        unit: Unit,
-        data: UnitData,
-        sites: Sites,
-        refit: Callable[[nn.Module], None],
-        device: Any,
-    ) -> list[Any]:
+    def prepare_unit(self, model: nn.Module, unit: Unit, data: UnitData, sites: Sites, device: Any) -> list[Any]:
         """Changes a unit's float weights when its turn comes; returns reports."""
         return []
 

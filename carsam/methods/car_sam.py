@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -46,11 +45,10 @@ class CarSam(QDrop):
         unit: Unit,
         data: UnitData,
         sites: Sites,
-        refit: Callable[[nn.Module], None],
         device: torch.device,
     ) -> list[MacReport]:
         """MAC at each attention of a decoder unit, in execution order, each after the one before it."""
-        if not self.mac.enabled or unit.stage != sites.decoder:
+        if not self.mac.enabled or not sites.in_decoder(unit.stage):
             return []
         runs = [
             lambda index=index: run_unit(model, unit, data.quantized.get(index, device))
@@ -62,12 +60,20 @@ class CarSam(QDrop):
             if any(site.name == path or site.name.startswith(path + ".") for path in unit.scope)
         ]
         return [
-            compensate_attention(model.get_submodule(name), name, runs, self.mac, refit=refit) for name in attentions
+            compensate_attention(
+                model.get_submodule(name),
+                name,
+                runs,
+                self.mac,
+                weight_observer=self.weight_observer,
+                activation_observer=self.activation_observer,
+            )
+            for name in attentions
         ]
 
     def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
         settings = super().unit_settings(unit, sites)
         # MAC changes nothing in the encoder, so an encoder unit is the same with it and without, and as QDrop's.
-        if unit.stage == sites.decoder and self.mac.enabled:
+        if sites.in_decoder(unit.stage) and self.mac.enabled:
             settings["mac"] = asdict(self.mac)
         return settings

@@ -109,7 +109,7 @@ def _load_transformers(source: Path | str) -> SamModel:
     local = isinstance(source, Path)
     _check_config(_read_config(source), str(source))
     try:
-        with _quiet_transformers(bars=not local):
+        with quiet_transformers(bars=not local):
             # Sizes that differ are collected here and reported below with the rest, instead of as a traceback.
             model, info = SamModel.from_pretrained(
                 str(source),
@@ -199,7 +199,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet_transformers(bars: bool) -> Iterator[None]:
+def quiet_transformers(bars: bool) -> Iterator[None]:
     """Silences transformers' load report (what it says is raised as one error instead), and its bars unless ``bars``.
 
     A download from the Hub takes minutes and keeps its bars.

@@ -100,6 +100,10 @@ class Sites:
         names += [site.operand(which) for site in self.attentions for which in OPERANDS]
         object.__setattr__(self, "activation_names", tuple(names))
 
+    def in_decoder(self, path: str) -> bool:
+        """Whether a module path lies in the decoder's transformer."""
+        return path == self.decoder or path.startswith(self.decoder + ".")
+
     @property
     def names(self) -> tuple[str, ...]:
         """Every name that a bit setting can match: weights (a layer's path) and activation sites."""

@@ -21,7 +21,7 @@ from transformers import SamModel
 import carsam
 from carsam.data.transforms import preprocessor_config
 from carsam.errors import CarsamError, CheckpointError
-from carsam.models.load import resolve_device
+from carsam.models.load import quiet_transformers, resolve_device
 from carsam.models.sites import find_sites
 from carsam.pack.hub import METHOD, CarsamQuantizationConfig
 from carsam.pack.layout import describe
@@ -50,11 +50,25 @@ def packed_state(model: SamModel) -> dict[str, torch.Tensor]:
     return state
 
 
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuses a place that must not be written to.
+
+    Raises:
+        CarsamError: It exists without ``overwrite``, or holds something other than a packed model.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        raise CarsamError(f"{target} exists already; choose another folder or allow overwriting (--overwrite).")
+    if not target.is_dir() or not (is_packed(target) or (target / CHECKSUMS).is_file() or not any(target.iterdir())):
+        # Overwriting removes the whole folder: a slip like --out . must not take a user's files with it.
+        raise CarsamError(f"{target} is not a packed model, so it is not overwritten; choose another folder.")
+
+
 @contextmanager
 def _whole_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
     """Yields a folder beside ``target`` and moves it there when the block ends without an error."""
-    if target.exists() and not overwrite:
-        raise CarsamError(f"{target} exists already; choose another folder or allow overwriting (--overwrite).")
+    check_target(target, overwrite)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -169,9 +183,10 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> SamModel:
     """
     folder, device = Path(folder), resolve_device(device)
     verify(folder)
-    model, info = SamModel.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
+    with quiet_transformers(bars=False):
+        model, info = SamModel.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise CheckpointError(f"{folder} does not hold the tensors that it should, for example {sorted(wrong)[:3]}.")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carsam.quantizers.rounding import SoftRound, initial_alpha, weight_grid
+from carsam.quantizers.rounding import SoftRound, initial_alpha, rounding_span, weight_grid
 from carsam.quantizers.simulation import current
 from carsam.quantizers.uniform import decode, encode
 
@@ -37,7 +37,9 @@ class QuantizedLayer(nn.Module):
         self.weight_zero_point: Tensor | None = None
         self.codes: Tensor | None = None
         self.alpha: nn.Parameter | None = None
-        self._floor: Tensor | None = None
+        self.penalty: tuple[float, float] | None = None
+        self._span: tuple[Tensor, Tensor] | None = None
+        self._nearest: Tensor | None = None
 
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.view(-1, *[1] * (self.weight.dim() - 1))
@@ -45,6 +47,7 @@ class QuantizedLayer(nn.Module):
     def fit_weight(self, observer: str = "mse") -> None:
         """(Re)fits the weight grid to the current float weights."""
         assert self.codes is None, "weights are already integers"
+        self._nearest = None
         if self.weight_bits < 16:
             self.weight_scale, self.weight_zero_point = weight_grid(self.weight, self.weight_bits, observer=observer)
 
@@ -54,7 +57,8 @@ class QuantizedLayer(nn.Module):
             return None
         scale, zero = self._per_channel(self.weight_scale), self._per_channel(self.weight_zero_point)
         self.alpha = nn.Parameter(initial_alpha(self.weight.detach(), scale))
-        self._floor = (self.weight.detach() / scale).floor_().add_(zero)
+        self._span = rounding_span(self.weight.detach(), scale, zero, self.weight_bits)
+        self._nearest = None
         return self.alpha
 
     @torch.no_grad()
@@ -66,7 +70,8 @@ class QuantizedLayer(nn.Module):
             raise RuntimeError("a weight has no grid yet; did you run calibration first?")
         scale, zero = self._per_channel(self.weight_scale), self._per_channel(self.weight_zero_point)
         if self.alpha is not None:
-            codes = (self._floor + (self.alpha >= 0)).clamp_(0, 2**self.weight_bits - 1)
+            base, span = self._span
+            codes = encode(base + span * (self.alpha >= 0), scale, zero, self.weight_bits)
         else:
             codes = encode(self.weight, scale, zero, self.weight_bits)
         self.set_codes(codes.to(torch.uint8), self.weight_scale, self.weight_zero_point)
@@ -75,7 +80,7 @@ class QuantizedLayer(nn.Module):
     def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Takes integers (out, ...) uint8 with their grid (out,) as the weights, for good."""
         self.weight_scale, self.weight_zero_point, self.codes = scale, zero_point, codes
-        self.alpha = self._floor = None
+        self.alpha = self.penalty = self._span = self._nearest = None
         self.weight.copy_(decode(codes.float(), self._per_channel(scale), self._per_channel(zero_point)))
 
     def simulated_weight(self) -> Tensor:
@@ -84,10 +89,12 @@ class QuantizedLayer(nn.Module):
             return self.weight
         if self.weight_scale is None:
             raise RuntimeError("a weight has no grid yet; did you run calibration first?")
-        scale, zero = self._per_channel(self.weight_scale), self._per_channel(self.weight_zero_point)
         if self.alpha is not None:
-            return SoftRound.apply(self.alpha, self._floor, scale, zero, self.weight_bits)
-        return decode(encode(self.weight.detach(), scale, zero, self.weight_bits), scale, zero)
+            return SoftRound.apply(self.alpha, *self._span, self.penalty)
+        if self._nearest is None:
+            scale, zero = self._per_channel(self.weight_scale), self._per_channel(self.weight_zero_point)
+            self._nearest = decode(encode(self.weight.detach(), scale, zero, self.weight_bits), scale, zero)
+        return self._nearest
 
     def forward(self, x: Tensor) -> Tensor:
         """Linear: (..., in) → (..., out). Conv2d: (batch, in, h, w) → (batch, out, h', w')."""

@@ -9,6 +9,8 @@ from carsam.quantizers.uniform import decode, encode, grid_from_range, qmax
 
 # The stretch of AdaRound's rectified sigmoid (ICML 2020, equation 23).
 ZETA, GAMMA = 1.1, -0.1
+# Weights whose grid is searched at once.
+SEARCH_ELEMENTS = 2**16
 
 
 def weight_grid(weight: Tensor, bits: int, *, observer: str = "mse", power: float = 2.4) -> tuple[Tensor, Tensor]:
@@ -24,15 +26,22 @@ def weight_grid(weight: Tensor, bits: int, *, observer: str = "mse", power: floa
         ``(scale, zero_point)``, each (out,), zero_point in ``[0, qmax]`` (as float).
     """
     rows = weight.detach().flatten(1)
+    if observer == "min-max":
+        return grid_from_range(rows.amin(1), rows.amax(1), bits)
+    # Some rows at a time: the search makes hundreds of sweeps, and only what fits into the cache is swept fast.
+    step = max(1, SEARCH_ELEMENTS // rows.shape[1])
+    found = [_search_grid(part, bits, power) for part in rows.split(step)]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _search_grid(rows: Tensor, bits: int, power: float) -> tuple[Tensor, Tensor]:
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
     scale, zero = grid_from_range(low, high, bits)
-    if observer == "min-max":
-        return scale, zero
     best = torch.full_like(low, torch.inf)
     for share in torch.linspace(0.2, 1.0, 81).flip(0).tolist():
         s, z = grid_from_range(low * share, high * share, bits)
         error = decode(encode(rows, s[:, None], z[:, None], bits), s[:, None], z[:, None]).sub_(rows).abs_()
-        error = (error.pow_(power) if power != 2 else error.square_()).sum(1)
+        error = error.pow_(power).sum(1)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
@@ -52,30 +61,50 @@ def initial_alpha(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 class SoftRound(torch.autograd.Function):
-    """ŵ = s · (clip(⌊w/s⌋ + h(α) + z, 0, qmax) − z); the gradient reaches α only."""
+    """ŵ = s · (clip(⌊w/s⌋ + h(α) + z, 0, qmax) − z), and AdaRound's regulariser; the gradient reaches α only.
+
+    The regulariser λ Σ (1 − |2h − 1|^β) (equation 24) enters as its gradient: its value is never needed, and written
+    into this backward pass it shares h and dh/dα with the reconstruction loss instead of being a graph of its own.
+    """
 
     @staticmethod
-    def forward(ctx, alpha: Tensor, floor: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-        """``floor`` is ⌊w/s⌋ + z, computed once; scale and zero point broadcast against it."""
-        level = rectified_sigmoid(alpha).add_(floor)
-        inside = (level >= 0) & (level <= qmax(bits))
-        ctx.save_for_backward(alpha, scale, inside)
-        return level.clamp_(0, qmax(bits)).sub_(zero_point).mul_(scale)
+    def forward(ctx, alpha: Tensor, base: Tensor, span: Tensor, penalty: tuple[float, float] | None) -> Tensor:
+        """ŵ = base + span · h(α).
+
+        Args:
+            alpha: (out, ...).
+            base: Weight for h = 0.
+            span: What h = 1 adds: the scale, or 0 where the grid ends (see :func:`rounding_span`).
+            penalty: (λ, β), or None without the regulariser.
+        """
+        stretched = torch.sigmoid(alpha).mul_(ZETA - GAMMA).add_(GAMMA)
+        ctx.penalty = penalty
+        ctx.save_for_backward(stretched, span)
+        return torch.addcmul(base, span, stretched.clamp(0, 1))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        alpha, scale, inside = ctx.saved_tensors
-        return grad * scale * inside * sigmoid_slope(alpha), None, None, None, None
+        stretched, span = ctx.saved_tensors
+        grad = grad * span
+        if ctx.penalty is not None:
+            weight, beta = ctx.penalty
+            centred = stretched.clamp(0, 1).mul_(2).sub_(1)
+            grad.add_(centred.abs().pow_(beta - 1).copysign_(centred), alpha=-2 * beta * weight)
+        # Through the clip (nothing where h is 0 or 1), then through the sigmoid, whose slope follows from its value.
+        grad = torch.ops.aten.hardtanh_backward(grad, stretched, 0.0, 1.0)
+        slope = (stretched - GAMMA).mul_(ZETA - stretched)
+        return grad.mul_(slope).div_(ZETA - GAMMA), None, None, None
 
 
-def sigmoid_slope(alpha: Tensor) -> Tensor:
-    """dh/dα: zero where the rectified sigmoid is clipped."""
-    p = torch.sigmoid(alpha)
-    h = p * (ZETA - GAMMA) + GAMMA
-    return (p * (1 - p)).mul_(ZETA - GAMMA).mul_((h > 0) & (h < 1))
+def rounding_span(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """``(base, span)`` of :class:`SoftRound`: the weight rounded down, and what rounding up adds (0 beyond the grid).
 
-
-def rounding_penalty_gradient(alpha: Tensor, beta: float) -> Tensor:
-    """Gradient of Σ (1 − |2h(α) − 1|^β), AdaRound's equation 24, written out so that no graph is built for it."""
-    centred = rectified_sigmoid(alpha).mul_(2).sub_(1)
-    return sigmoid_slope(alpha).mul_(-2 * beta).mul_(centred.abs().pow_(beta - 1)).mul_(centred.sign())
+    Args:
+        weight: (out, ...).
+        scale, zero_point: Broadcast against weight.
+        bits: Bits of a code.
+    """
+    floor = (weight / scale).floor_().add_(zero_point)
+    free = (floor >= 0) & (floor < qmax(bits))
+    base = floor.clamp_(0, qmax(bits)).sub_(zero_point).mul_(scale)
+    return base, free * scale

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from carsam.quantizers.simulation import current, keep_mask
-from carsam.quantizers.uniform import ActivationQuantizer, qmax
+from carsam.quantizers.uniform import ActivationQuantizer, FakeQuantize, qmax
 
 
 class UniformSoftmax(nn.Module):
@@ -48,11 +48,8 @@ class RowMaximumSoftmax(nn.Module):
         if self.bits >= 16 or not (self.always or state.activations):
             return torch.softmax(scores, dim=-1)
         weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).detach())
-        steps = qmax(self.bits)
-        codes = torch.round(weights.detach() * steps) / steps
-        if state.drop > 0 and not self.always:
-            codes = torch.where(keep_mask(codes.shape, state.drop, codes.device), codes, weights.detach())
-        codes = weights + (codes - weights.detach()) if torch.is_grad_enabled() else codes
+        mask = keep_mask(weights.shape, state.drop, weights.device) if state.drop > 0 and not self.always else None
+        codes = FakeQuantize.apply(weights, weights.new_tensor(1 / qmax(self.bits)), 0.0, float(qmax(self.bits)), mask)
         return codes / codes.sum(dim=-1, keepdim=True)
 
 

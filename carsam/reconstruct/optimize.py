@@ -13,7 +13,6 @@ from torch import nn
 from carsam.calibrate.cache import ActivationCache
 from carsam.errors import ConfigError
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
-from carsam.quantizers.rounding import rounding_penalty_gradient
 from carsam.quantizers.simulation import keep_mask
 from carsam.reconstruct.losses import relative_loss
 from carsam.reconstruct.units import Unit, run_unit
@@ -164,19 +163,19 @@ def optimise(
                     # QDrop's mixed input: element-wise, from the quantized and the float model.
                     floating = data.floating.batch(order, device)
                     inputs = {
-                        name: torch.where(keep_mask(value.shape, settings.drop, device), value, floating[name])
+                        name: torch.lerp(floating[name], value, keep_mask(value.shape, settings.drop, device).float())
                         for name, value in inputs.items()
                     }
+                if step >= warmup and settings.rounding_weight > 0:
+                    share = (step - warmup) / max(1, steps - warmup)
+                    beta = 2 + (20 - 2) * (1 - share)
+                    for layer in layers:
+                        layer.penalty = (settings.rounding_weight, beta)
                 targets = data.batch_targets(order, device)
                 loss = relative_loss(run_unit(model, unit, inputs), targets, data.variances, unit.channel_dim)
                 for optimiser in optimisers:
                     optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-                if alphas and step >= warmup and settings.rounding_weight > 0:
-                    share = (step - warmup) / max(1, steps - warmup)
-                    beta = 2 + (20 - 2) * max(0.0, 1 - share)
-                    for alpha in alphas:
-                        alpha.grad.add_(rounding_penalty_gradient(alpha.detach(), beta), alpha=settings.rounding_weight)
                 if scales:
                     rate = 0.5 * settings.scale_rate * (1 + math.cos(math.pi * step / steps))
                     optimisers[-1].param_groups[0]["lr"] = rate

@@ -30,7 +30,8 @@ class Unit:
     Attributes:
         name: Unique name, also of its saved state.
         scope: Module paths whose layers and activation quantizers belong to it.
-        stage: The stage it lies in (an encoder stage or the decoder's transformer).
+        stage: Module path of the stage it lies in: an encoder stage, a decoder block, the final attention, or the whole
+            transformer where that is the unit.
         block: For JCAR's pair, the decoder block; None for a unit that is a module (``scope[0]``).
         channel_dim: The outputs' channel dimension.
     """
@@ -66,22 +67,24 @@ def decoder_units(sites: Sites, granularity: str) -> list[Unit]:
     if granularity not in GRANULARITIES:
         raise ConfigError(f"unknown granularity {granularity!r}; choose from {', '.join(GRANULARITIES)}.")
 
-    def module(path: str) -> Unit:
-        return Unit(path, (path,), sites.decoder)
+    def whole(path: str) -> Unit:
+        return Unit(path, (path,), path)
 
     if granularity == "decoder":
-        return [module(sites.decoder)]
+        return [whole(sites.decoder)]
     units = []
     for block in sites.two_way_blocks:
         if granularity == "block":
-            units.append(module(block.name))
-        elif granularity == "pair":
-            scope = (block.token_to_image, block.mlp, block.image_to_token)
-            units += [module(block.self_attention), Unit(f"{block.name}.pair", scope, sites.decoder, block)]
+            units.append(whole(block.name))
+            continue
+        if granularity == "pair":
+            pair = (block.token_to_image, block.mlp, block.image_to_token)
+            parts = [(block.self_attention, (block.self_attention,), None), (f"{block.name}.pair", pair, block)]
         else:
-            parts = (block.self_attention, block.token_to_image, block.mlp, block.image_to_token)
-            units += [module(path) for path in parts]
-    return [*units, module(sites.final_attention)]
+            paths = (block.self_attention, block.token_to_image, block.mlp, block.image_to_token)
+            parts = [(path, (path,), None) for path in paths]
+        units += [Unit(name, scope, block.name, of) for name, scope, of in parts]
+    return [*units, whole(sites.final_attention)]
 
 
 def check_cover(units: list[Unit], sites: Sites) -> None:
@@ -117,7 +120,12 @@ def run_unit(model: nn.Module, unit: Unit, inputs: Tensors) -> tuple[Tensor, ...
     """Runs a unit on its inputs; the outputs that the rest of the network reads."""
     if unit.block is not None:
         return run_pair(model.get_submodule(unit.block.name), **inputs)
-    module = model.get_submodule(unit.scope[0])
+    return run_module(model, unit.scope[0], inputs)
+
+
+def run_module(model: nn.Module, path: str, inputs: Tensors) -> tuple[Tensor, ...]:
+    """Runs a stage or a unit that is a module."""
+    module = model.get_submodule(path)
     arguments = dict(inputs)
     if "attention_similarity" in inspect.signature(module.forward).parameters:
         arguments.setdefault("attention_similarity", None)
@@ -131,7 +139,7 @@ def run_unit(model: nn.Module, unit: Unit, inputs: Tensors) -> tuple[Tensor, ...
 
 
 def capture_unit(model: nn.Module, unit: Unit, run_stage: Callable[[], object]) -> Tensors:
-    """The inputs with which ``run_stage()`` reaches a unit."""
+    """The inputs with which ``run_stage()``, a pass through the unit's stage, reaches it."""
     if unit.block is None:
         module = model.get_submodule(unit.scope[0])
         args, kwargs = capture_call(module, run_stage)
@@ -183,4 +191,31 @@ def decoder_input(model: SamModel, embedding: Tensor, boxes: Tensor) -> Tensors:
     _, call = capture_call(model.mask_decoder.transformer, decode)
     # From (1, prompts, ...) to (prompts, 1, ...): the same computation, but prompts of several images can be stacked.
     call["point_embeddings"] = call["point_embeddings"].transpose(0, 1)
+    return tensors_only(call)
+
+
+def next_stage_inputs(sites: Sites, stage: str, inputs: Tensors, outputs: tuple[Tensor, ...]) -> Tensors:
+    """Inputs of the decoder stage behind ``stage``, from its inputs and outputs.
+
+    Stages of the decoder are its blocks and the final attention; the transformer itself adds nothing in between but
+    positional embeddings.
+
+    Args:
+        sites: The model's sites.
+        stage: A block's module path.
+        inputs: Its arguments.
+        outputs: Tokens and image embedding that it returned.
+    """
+    queries, keys = outputs
+    if stage != sites.two_way_blocks[-1].name:
+        return {**inputs, "queries": queries, "keys": keys}
+    key = keys + inputs["key_point_embedding"]
+    return {"query": queries + inputs["query_point_embedding"], "key": key, "value": keys}
+
+
+def first_block_inputs(model: SamModel, sites: Sites, arguments: Tensors) -> Tensors:
+    """Arguments of the first decoder block, from those of the transformer."""
+    transformer = model.get_submodule(sites.decoder)
+    block = model.get_submodule(sites.two_way_blocks[0].name)
+    _, call = capture_call(block, lambda: transformer(attention_similarity=None, **arguments))
     return tensors_only(call)

@@ -27,7 +27,10 @@ from carsam.reconstruct.units import (
     capture_unit,
     check_cover,
     decoder_input,
+    first_block_inputs,
     first_stage_input,
+    next_stage_inputs,
+    run_module,
     run_unit,
 )
 from carsam.transform.mac import MacReport
@@ -119,7 +122,7 @@ class Walk:
             self.space, ({"hidden_states": first_stage_input(self.reference, value)} for value in pixels)
         )
         indices = range(len(self.data.images))
-        for unit in [unit for unit in self.units if unit.stage != self.sites.decoder]:
+        for unit in [unit for unit in self.units if not self.sites.in_decoder(unit.stage)]:
             targets = _cache(
                 self.space,
                 ({"hidden_states": run_unit(self.reference, unit, floating.get(i, device))[0]} for i in indices),
@@ -134,40 +137,31 @@ class Walk:
         return quantized, floating
 
     def _decoder(self, quantized: ActivationCache, floating: ActivationCache) -> None:
-        def stage_inputs(model: SamModel, embeddings: ActivationCache) -> ActivationCache:
-            return _cache(
-                self.space,
-                (
-                    decoder_input(model, embeddings.get(i, self.device)["hidden_states"], image.boxes.to(self.device))
-                    for i, image in enumerate(self.data.images)
-                ),
-            )
+        units = [unit for unit in self.units if self.sites.in_decoder(unit.stage)]
+        streams = [
+            _Stream(self, model, embeddings, whole=units[0].stage == self.sites.decoder)
+            for model, embeddings in ((self.model, quantized), (self.reference, floating))
+        ]
+        for stage in dict.fromkeys(unit.stage for unit in units):
+            for unit in [unit for unit in units if unit.stage == stage]:
+                with simulate(weights=True, activations=True):
+                    unit_inputs = streams[0].unit_inputs(unit)
+                float_inputs = streams[1].unit_inputs(unit)
+                targets = self._outputs(self.reference, unit, float_inputs)
+                self._unit(unit, UnitData(unit_inputs, float_inputs, targets, variances(targets)))
+            if stage != units[-1].stage:
+                with simulate(weights=True, activations=True):
+                    streams[0].advance(stage)
+                streams[1].advance(stage)
 
-        streams = {
-            "quantized": (self.model, stage_inputs(self.model, quantized)),
-            "floating": (self.reference, stage_inputs(self.reference, floating)),
-        }
-        indices = range(len(self.data.images))
-
-        def captured(stream: str, unit: Unit) -> ActivationCache:
-            model, inputs = streams[stream]
-            transformer = model.get_submodule(self.sites.decoder)
-
-            def capture(index: int) -> dict[str, torch.Tensor]:
-                arguments = {"attention_similarity": None, **inputs.get(index, self.device)}
-                return capture_unit(model, unit, lambda: transformer(**arguments))
-
-            return _cache(self.space, (capture(i) for i in indices))
-
-        for unit in [unit for unit in self.units if unit.stage == self.sites.decoder]:
-            with simulate(weights=True, activations=True):
-                unit_inputs = captured("quantized", unit)
-            float_inputs = captured("floating", unit)
-            targets = _cache(
-                self.space,
-                (dict(zip("abcd", run_unit(self.reference, unit, float_inputs.get(i, self.device)))) for i in indices),
-            )
-            self._unit(unit, UnitData(unit_inputs, float_inputs, targets, variances(targets)))
+    def _outputs(self, model: SamModel, unit: Unit, inputs: ActivationCache) -> ActivationCache:
+        return _cache(
+            self.space,
+            (
+                {f"output_{i}": value for i, value in enumerate(run_unit(model, unit, inputs.get(index, self.device)))}
+                for index in range(len(inputs))
+            ),
+        )
 
     def _unit(self, unit: Unit, data: UnitData) -> None:
         number, method = self.units.index(unit), self.method
@@ -177,13 +171,11 @@ class Walk:
         self.progress(number, len(self.units), unit.name, 0, steps)
         finished = self.store.load(self.key, self.model)
         if finished is None:
-            self._observe(unit.modules(self.model), unit, data)
+            self._observe(unit, data)
 
-            def refit(module: nn.Module) -> None:
-                fit_weights(module, method.weight_observer)
-                self._observe([module], unit, data)
-
-            mac = method.prepare_unit(self.model, unit, data, self.sites, refit, self.device)
+            mac = method.prepare_unit(self.model, unit, data, self.sites, self.device)
+            if mac:
+                self._observe(unit, data)  # what follows a changed attention sees other values
             if settings is None:
                 report = UnitReport(unit.name, before=relative_errors(self.model, unit, data, self.device))
                 for layer in quantized_layers(unit.modules(self.model)):
@@ -204,13 +196,54 @@ class Walk:
         self.report.units.append(finished[0])
         self.report.compensations.extend(finished[1])
 
-    def _observe(self, modules: list[nn.Module], unit: Unit, data: UnitData) -> None:
-        """Ranges of some modules of a unit, from the quantized-so-far inputs, activations inside in floating point."""
-        recorder = RangeRecorder(modules)
+    def _observe(self, unit: Unit, data: UnitData) -> None:
+        """Ranges of a unit, from the quantized-so-far inputs, activations inside in floating point."""
+        recorder = RangeRecorder(unit.modules(self.model))
         with recorder.recording(), simulate(weights=True, activations=False):
             for index in range(len(data.quantized)):
                 run_unit(self.model, unit, data.quantized.get(index, self.device))
         recorder.apply(self.method.activation_observer)
+
+
+class _Stream:
+    """The decoder's inputs of one model, stage by stage.
+
+    Args:
+        walk: Gives data, device and cache space.
+        model: The model that this stream runs through.
+        embeddings: Its image embeddings.
+        whole: The stage is the whole transformer.
+    """
+
+    def __init__(self, walk: Walk, model: SamModel, embeddings: ActivationCache, *, whole: bool):
+        self.walk, self.model = walk, model
+
+        def first(index: int) -> dict[str, torch.Tensor]:
+            embedding = embeddings.get(index, walk.device)["hidden_states"]
+            arguments = decoder_input(model, embedding, walk.data.images[index].boxes.to(walk.device))
+            return arguments if whole else first_block_inputs(model, walk.sites, arguments)
+
+        self.inputs = _cache(walk.space, (first(index) for index in range(len(embeddings))))
+
+    def unit_inputs(self, unit: Unit) -> ActivationCache:
+        """The inputs with which the stage reaches a unit in it."""
+        if unit.scope == (unit.stage,):
+            return self.inputs
+
+        def capture(index: int) -> dict[str, torch.Tensor]:
+            inputs = self.inputs.get(index, self.walk.device)
+            return capture_unit(self.model, unit, lambda: run_module(self.model, unit.stage, inputs))
+
+        return _cache(self.walk.space, (capture(index) for index in range(len(self.inputs))))
+
+    def advance(self, stage: str) -> None:
+        """Goes on to the stage behind ``stage``."""
+
+        def following(index: int) -> dict[str, torch.Tensor]:
+            inputs = self.inputs.get(index, self.walk.device)
+            return next_stage_inputs(self.walk.sites, stage, inputs, run_module(self.model, stage, inputs))
+
+        self.inputs = _cache(self.walk.space, (following(index) for index in range(len(self.inputs))))
 
 
 def quantized_layers(modules: list[nn.Module]) -> list[QuantizedLayer]:

@@ -110,7 +110,7 @@ def compensate_product(
     solver: str = "exact",
     relative_damping: float = 0.01,
     iterations: int = 40,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-3,
 ) -> Tensor:
     """The compensation D of a query or key projection.
 
@@ -144,19 +144,24 @@ def compensate_product(
     heads, d_in, d_head = weight.shape
     n = len(grams)
     # Two matrix products for the whole sum: D times all B_i side by side, then all G_i side by side times that.
-    side_by_side = others.permute(1, 2, 0, 3).reshape(heads, d_head, n * d_head)
-    stacked = grams.permute(1, 0, 2).reshape(d_in, n * d_in)
+    # They are the whole cost, and single precision is enough for residuals down to about 1e-5.
+    work = torch.float32 if tolerance >= 1e-4 else torch.float64
+    side_by_side = others.permute(1, 2, 0, 3).reshape(heads, d_head, n * d_head).to(work)
+    stacked = grams.permute(1, 0, 2).reshape(d_in, n * d_in).to(work)
 
     def operator(d: Tensor, right_factors: Tensor) -> Tensor:
         products = (
-            (d @ right_factors).view(heads, d_in, n, d_head).permute(2, 1, 0, 3).reshape(n * d_in, heads * d_head)
+            (d.to(work) @ right_factors)
+            .view(heads, d_in, n, d_head)
+            .permute(2, 1, 0, 3)
+            .reshape(n * d_in, heads * d_head)
         )
-        return (stacked @ products).view(d_in, heads, d_head).transpose(0, 1)
+        return (stacked @ products).view(d_in, heads, d_head).transpose(0, 1).double()
 
     def apply(d: Tensor) -> Tensor:
         return operator(d, side_by_side) + lam[:, None, None] * d
 
-    right = -operator(weight, crosses.permute(1, 2, 0, 3).reshape(heads, d_head, n * d_head))
+    right = -operator(weight, crosses.permute(1, 2, 0, 3).reshape(heads, d_head, n * d_head).to(work))
     return conjugate_gradients(apply, right, pooled, iterations, tolerance)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carsam.calibrate.capture import capture_call
+from carsam.calibrate.observers import RangeRecorder
 from carsam.errors import ConfigError
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.transform.compensate import (
@@ -162,7 +163,8 @@ def compensate_attention(
     runs: list[Callable[[], object]],
     settings: MacSettings,
     *,
-    refit: Callable[[nn.Module], None],
+    weight_observer: str = "mse",
+    activation_observer: str = "mse",
 ) -> MacReport:
     """Compensates the query, key and value projections of one attention (METHOD.md, 7).
 
@@ -174,7 +176,7 @@ def compensate_attention(
         name: Its module path, for the report.
         runs: One callable per calibration item that runs the network up to the attention.
         settings: Which branches, and how.
-        refit: Called with the attention after its projections changed: fits weight grids, observes ranges.
+        weight_observer, activation_observer: For the grids that are fitted again after a projection changed.
 
     Returns:
         Errors before and after.
@@ -184,6 +186,17 @@ def compensate_attention(
     original = [projection_matrix(layer, heads).clone() for layer in layers.values()]
     calls = list(_attention_calls(attention, runs))
     report = MacReport(name)
+
+    def refit() -> None:
+        """Fits weight grids and observes the attention's ranges again, on its own inputs alone."""
+        for layer in layers.values():
+            layer.fit_weight(weight_observer)
+        recorder = RangeRecorder([attention])
+        with recorder.recording(), simulate(weights=True, activations=False):
+            for call in calls:
+                attention(**call)
+        recorder.apply(activation_observer)
+
     before = _errors(attention, calls, original)
 
     if settings.query or settings.key:
@@ -207,7 +220,7 @@ def compensate_attention(
             changes["key"] = compensate_product(original[1], for_key, **options)
         for which, change in changes.items():
             report.change[which] = add_to_projection(layers[which], change)
-        refit(attention)
+        refit()
 
     if settings.value:
         statistics = ValueStatistics()
@@ -218,7 +231,7 @@ def compensate_attention(
             statistics.update(with_ones(call["value"]), exact.probs, quantized.probs, exact.value)
         change = compensate_value(statistics, relative_damping=settings.value_damping)
         report.change["value"] = add_to_projection(layers["value"], change)
-        refit(attention)
+        refit()
 
     after = _errors(attention, calls, original)
     report.scores, report.output = (before[0], after[0]), (before[1], after[1])

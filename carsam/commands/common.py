@@ -1,0 +1,143 @@
+"""What the commands share: consoles, errors, devices and models, sizes, files that appear whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from carsam.errors import CarsamError
+
+if TYPE_CHECKING:
+    from transformers import SamModel
+
+RESULTS = "results.json"
+# Wide enough for the tables where output goes to a file, whose width nobody knows.
+_WIDTH = None if sys.stdout.isatty() else 120
+
+out = Console(width=_WIDTH, highlight=False)
+err = Console(stderr=True, width=_WIDTH, highlight=False)
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU where there is one.", metavar="DEVICE")]
+
+
+@contextmanager
+def errors_for_people() -> Iterator[None]:
+    """Prints errors that the user can mend as one paragraph, without a traceback; the exit code is 1, or 130."""
+    try:
+        yield
+    except CarsamError as error:
+        _say("error", str(error))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt as interrupt:
+        _say("error", str(interrupt) or "interrupted.")
+        raise typer.Exit(130) from None
+
+
+def _say(kind: str, message: str) -> None:
+    # As text, not markup: messages quote paths and patterns with brackets. No hard wraps: they would cut paths.
+    err.print(f"{kind}: {' '.join(message.split())}", markup=False, soft_wrap=True)
+
+
+class _Warnings(logging.Handler):
+    """carsam's logged warnings, through the console that also draws the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say("warning", record.getMessage())
+
+
+def show_warnings() -> None:
+    """Shows carsam's logged warnings, and keeps transformers' notes to itself."""
+    logger = logging.getLogger("carsam")
+    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
+        logger.addHandler(_Warnings(logging.WARNING))
+    logger.propagate = False
+
+
+def open_model(source: str, device: str) -> SamModel:
+    """A packed folder or a float model, whichever ``source`` is.
+
+    Raises:
+        CarsamError: It is neither, or damaged; the device is not there.
+    """
+    from carsam.models.load import load_model
+    from carsam.pack.checkpoint import CHECKSUMS, is_packed, load
+
+    # A packed folder whose config.json is gone must fail as one, not as a float model.
+    if is_packed(source) or (Path(source) / CHECKSUMS).exists():
+        return load(source, device=device)
+    return load_model(source, device=device)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failure to write into an error for people.
+
+    Raises:
+        CarsamError: The disk is full, or the place is not writable.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CarsamError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def merge_results(folder: Path, **parts: Any) -> None:
+    """Puts measurements into a packed folder's ``results.json``; other parts there stay.
+
+    Raises:
+        CarsamError: The disk is full, or the folder is not writable.
+    """
+    from carsam.evaluate.coco_metrics import save_json
+
+    path = folder / RESULTS
+    with writing(path):
+        save_json({**read_results(folder), **parts}, path)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Measurements of a packed folder; empty where there are none (or nothing readable)."""
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return results if isinstance(results, dict) else {}
+
+
+def float16_bytes(model: SamModel) -> int:
+    """Bytes of a model's weights in FP16, also of a packed model: what its float file weighs."""
+    from carsam.pack.checkpoint import packed_state
+    from carsam.pack.layers import PackedLayer
+
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+    grid = ("weight_scale", "weight_zero_point", "scale", "zero_point")
+    count = 0
+    for name, value in packed_state(model).items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf not in grid:
+            shape = packed[owner].shape if owner in packed and leaf == "weight" else value.shape
+            size = 1
+            for side in shape:
+                size *= side
+            count += size
+    return 2 * count
+
+
+def megabytes(size: int) -> str:
+    """``3.1 MB``, ``1.25 GB``."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """``41.3 s``, ``3 min 12 s``, ``2 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,185 @@
+"""``carsam quantize``: a float model and some images in, a packed folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from carsam.commands.common import Device, duration, float16_bytes, megabytes, merge_results, out
+from carsam.commands.progress import Reporter
+from carsam.errors import ConfigError
+
+if TYPE_CHECKING:
+    from carsam.pipeline import QuantizeResult
+
+_DATA, _METHOD, _RUN = "Calibration data", "Method", "Run"
+
+
+def quantize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Hub id (facebook/sam-vit-base), transformers folder, or Meta's .pth file.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    data: Annotated[
+        Optional[Path],
+        typer.Option(help="Folder of calibration images.", show_default=False, rich_help_panel=_DATA),
+    ] = None,
+    coco: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--coco",
+            "--boxes",
+            help="COCO file of those images; its boxes are the prompts.",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    box_source: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="auto|grid",
+            help="Without a COCO file: boxes of the model's own masks, or a grid of boxes.",
+            show_default="auto",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    n_images: Annotated[
+        Optional[int], typer.Option(help="Images to use.", show_default="32", rich_help_panel=_DATA)
+    ] = None,
+    boxes_per_image: Annotated[
+        Optional[int], typer.Option(help="Box prompts of an image, at most.", show_default="6", rich_help_panel=_DATA)
+    ] = None,
+    seed: Annotated[
+        Optional[int], typer.Option(help="Of everything random.", show_default="0", rich_help_panel=_DATA)
+    ] = None,
+    bits: Annotated[
+        Optional[str],
+        typer.Option(help="Bits of weights and activations.", show_default="w4a4", rich_help_panel=_METHOD),
+    ] = None,
+    bits_for: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="PATTERN=BITS",
+            help="Other bits for some sites, as '*.neck.*=w8a8' or '*.probs=w4a8'. Repeatable; the last match wins.",
+            show_default=False,
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    method: Annotated[
+        Optional[str],
+        typer.Option(help="See carsam methods.", show_default="car-sam", rich_help_panel=_METHOD),
+    ] = None,
+    steps: Annotated[
+        Optional[int],
+        typer.Option(
+            help="Optimiser steps of every unit.", show_default="the method's", rich_help_panel=_METHOD, min=0
+        ),
+    ] = None,
+    no_mac: Annotated[
+        bool, typer.Option("--no-mac", help="Leave out MatMul-Aware Compensation.", rich_help_panel=_METHOD)
+    ] = False,
+    no_jcar: Annotated[
+        bool,
+        typer.Option(
+            "--no-jcar", help="Reconstruct decoder modules one by one (granularity module).", rich_help_panel=_METHOD
+        ),
+    ] = False,
+    granularity: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="module|pair|block|decoder",
+            help="Decoder units; pair is JCAR.",
+            show_default="pair",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    set_: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any other setting of the method, as mac.solver=pooled. Repeatable; see carsam methods NAME.",
+            show_default=False,
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    recipe: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="recipe.yaml of an earlier run; other flags override it.", show_default=False, rich_help_panel=_METHOD
+        ),
+    ] = None,
+    device: Device = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_RUN)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a packed model.", rich_help_panel=_RUN)
+    ] = False,
+    cache_gb: Annotated[
+        float,
+        typer.Option(
+            help="Memory for cached activations; beyond it they lie in temporary files.", min=0, rich_help_panel=_RUN
+        ),
+    ] = 6.0,
+) -> None:
+    """Quantize a SAM into a packed folder."""
+    from carsam.commands.recipe import quantize_config
+    from carsam.pipeline import quantize as run
+
+    config = quantize_config(
+        recipe=recipe,
+        method=method,
+        bits=bits,
+        overrides=bits_for or (),
+        settings=set_ or (),
+        steps=steps,
+        no_mac=no_mac,
+        no_jcar=no_jcar,
+        granularity=granularity,
+        images=str(data) if data is not None else None,
+        coco=str(coco) if coco is not None else None,
+        n_images=n_images,
+        boxes_per_image=boxes_per_image,
+        box_source=box_source,
+        seed=seed,
+    )
+    if not config.calibration.images:
+        raise ConfigError("calibration images are missing; name their folder with --data.")
+    try:
+        with Reporter(f"loading {model} and the calibration images") as reporter:
+            result = run(
+                model,
+                config.calibration.images,
+                config,
+                out=out,
+                device=device,
+                resume=resume,
+                overwrite=overwrite,
+                cache_gigabytes=cache_gb,
+                progress=reporter.units,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; finished units are kept in {out}.partial. Give the same command with --resume to continue."
+        ) from None
+    merge_results(out, quantization=result.to_dict())
+    summarise(result, out)
+
+
+def summarise(result: QuantizeResult, folder: Path) -> None:
+    """Prints what a quantization gave."""
+    from carsam.pack.checkpoint import folder_size
+
+    packed, half = folder_size(folder), float16_bytes(result.model)
+    out.print(f"{folder}: {result.recipe['method']} at {result.recipe['bits']}", markup=False, soft_wrap=True)
+    out.print(f"  weights  {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
+    out.print(f"  time     {duration(result.seconds)}")
+    out.print(f"  memory   {megabytes(result.peak_memory)} at the peak")
+    if result.skipped_images:
+        out.print(f"  skipped  {result.skipped_images} calibration images that could not be read")

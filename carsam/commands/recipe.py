@@ -1,0 +1,182 @@
+"""From flags and a recipe file to the configuration of a quantization."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from carsam.errors import ConfigError
+
+if TYPE_CHECKING:
+    from carsam.config import QuantizeConfig
+
+# What a saved recipe says about its run and not about the next one.
+RUN_KEYS = ("carsam_version", "model", "calibration_fingerprint")
+# PyYAML reads 1e-3 as text, for want of a dot.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The configuration in a recipe file, as nested mappings.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or holds no settings.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"the recipe {path} holds no settings; give a recipe.yaml that carsam quantize wrote.")
+    return {key: value for key, value in values.items() if key not in RUN_KEYS}
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """``["mac.solver=pooled", "reconstruction.drop=0.3"]`` as nested mappings.
+
+    Raises:
+        ConfigError: One is not ``key=value``, or its value is not YAML.
+    """
+    import yaml
+
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        path = key.strip().split(".")
+        if not equals or not all(path):
+            raise ConfigError(f"cannot read --set {assignment!r}; write it as key=value or key.sub=value.")
+        try:
+            value = float(text) if _NUMBER.fullmatch(text.strip()) else yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"cannot read the value of --set {assignment!r} as YAML: {error}") from error
+        for part in reversed(path):
+            value = {part: value}
+        settings = _merge(settings, value)
+    return settings
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
+    """``["*.probs=w4a8"]`` as a mapping from patterns to bits.
+
+    Raises:
+        ConfigError: One is not ``PATTERN=BITS``.
+    """
+    parsed = {}
+    for override in overrides:
+        pattern, equals, bits = override.rpartition("=")
+        if not equals or not pattern:
+            raise ConfigError(f"cannot read --bits-for {override!r}; write it as 'PATTERN=w8a8'.")
+        parsed[pattern] = bits
+    return parsed
+
+
+def shortcut_settings(
+    method: str, *, steps: int | None, no_mac: bool, no_jcar: bool, granularity: str | None
+) -> dict[str, Any]:
+    """Method settings that have flags of their own.
+
+    Raises:
+        ConfigError: The method is unknown or lacks what a flag sets, or flags contradict each other.
+    """
+    from carsam.methods.base import registry
+    from carsam.transform.mac import OFF
+
+    methods = registry()
+    if method not in methods:
+        raise ConfigError(f"unknown method {method!r}; choose from {', '.join(methods)}.")
+
+    def require(setting: str, flag: str) -> None:
+        having = [name for name, cls in methods.items() if setting in {f.name for f in fields(cls)}]
+        if method not in having:
+            raise ConfigError(
+                f"the method {method} has no setting {setting!r} for {flag} to change; leave {flag} out, or choose a "
+                f"method that has it: {', '.join(having)}."
+            )
+
+    settings: dict[str, Any] = {}
+    if steps is not None:
+        require("reconstruction", "--steps")
+        settings["reconstruction"] = {"steps": steps, "decoder_steps": steps}
+    if no_mac:
+        require("mac", "--no-mac")
+        settings["mac"] = {branch: getattr(OFF, branch) for branch in ("query", "key", "value")}
+    if no_jcar:
+        require("granularity", "--no-jcar")
+        if granularity not in (None, "module"):
+            raise ConfigError(f"--no-jcar is --granularity module, which contradicts --granularity {granularity}.")
+        granularity = "module"
+    if granularity is not None:
+        require("granularity", "--granularity")
+        settings["granularity"] = granularity
+    return settings
+
+
+def quantize_config(
+    *,
+    recipe: Path | None = None,
+    method: str | None = None,
+    bits: str | None = None,
+    overrides: Iterable[str] = (),
+    settings: Iterable[str] = (),
+    steps: int | None = None,
+    no_mac: bool = False,
+    no_jcar: bool = False,
+    granularity: str | None = None,
+    **calibration: Any,
+) -> QuantizeConfig:
+    """The configuration of a quantization: defaults, over them the recipe, over it the flags that were given.
+
+    Args:
+        recipe: ``recipe.yaml`` of an earlier run.
+        method, bits: Given flags, None where not given.
+        overrides: ``PATTERN=BITS`` texts.
+        settings: ``key=value`` texts, which win over the flags that follow here.
+        steps, no_mac, no_jcar, granularity: Flags for single method settings.
+        **calibration: Fields of ``CalibrationConfig``, None where not given.
+
+    Raises:
+        ConfigError: Anything unknown or out of range.
+    """
+    from carsam.config import QuantizeConfig
+    from carsam.methods.base import create
+
+    values: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
+    for key in ("settings", "overrides", "calibration"):
+        if not isinstance(values.setdefault(key, {}), dict):
+            raise ConfigError(f"{key!r} in the recipe {recipe} must be a mapping.")
+    default = QuantizeConfig().method
+    if method is not None and method != values.get("method", default):
+        values["settings"] = {}  # they belong to the recipe's method
+    if method is not None:
+        values["method"] = method
+    if bits is not None:
+        values["bits"] = bits
+    flags = shortcut_settings(
+        values.get("method", default), steps=steps, no_mac=no_mac, no_jcar=no_jcar, granularity=granularity
+    )
+    values["settings"] = _merge(_merge(values["settings"], flags), parse_assignments(settings))
+    given = parse_overrides(overrides)
+    # The last match wins, so a flag that repeats the recipe's pattern must also come last.
+    values["overrides"] = {key: value for key, value in values["overrides"].items() if key not in given} | given
+    values["calibration"] = {
+        **values["calibration"],
+        **{key: value for key, value in calibration.items() if value is not None},
+    }
+    config = QuantizeConfig.from_dict(values)
+    # Now, and not after minutes of loading and reading: every mistake in settings and bits.
+    create(config.method, config.settings)
+    config.bit_plan()
+    return config
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    from carsam.methods.base import merge
+
+    return merge(base, changes)
