@@ -10,8 +10,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# The command line answers --help without the seconds that torch and transformers take to import: its commands import what
-# they need by module. Everywhere else, importing carsam also teaches transformers to load packed folders.
+# The command line answers --help without the seconds that torch and transformers take to import; its commands import
+# what they need by module. Everywhere else, importing carsam also teaches transformers to load packed folders.
 if Path(sys.argv[0]).stem != "carsam":
     from carsam import errors
     from carsam.config import BitPlan, Bits, CalibrationConfig, QuantizeConfig

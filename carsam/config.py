@@ -163,12 +163,12 @@ def build(cls: type, values: Any, where: str = "") -> Any:
         ConfigError: A key is unknown, with the keys that exist.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or cls.__name__} must be a mapping of settings, not {values!r}.")
+        raise ConfigError(f"{where.rstrip('.') or cls.__name__} must be a mapping of settings, not {values!r}.")
     hints = get_type_hints(cls)
     known = {f.name for f in fields(cls) if f.init}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ConfigError(f"unknown setting {where}{unknown[0]!r}; choose from {', '.join(sorted(known))}.")
+        raise ConfigError(f"unknown setting {where + str(unknown[0])!r}; choose from {', '.join(sorted(known))}.")
     arguments = {}
     for name, value in values.items():
         hint = hints[name]
@@ -198,5 +198,6 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             if get_args(choice) == (str, str) and not all(isinstance(v, str) for v in (*value, *value.values())):
                 break
             return value
-    expected = " or ".join("nothing" if c is type(None) else getattr(c, "__name__", str(c)) for c in choices)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "nothing"}
+    expected = " or ".join(words.get(choice, str(choice)) for choice in choices)
     raise ConfigError(f"the setting {where!r} must be {expected}, not {value!r}.")

@@ -54,11 +54,10 @@ class _Warnings(logging.Handler):
 
 
 def show_warnings() -> None:
-    """Shows carsam's logged warnings, and keeps transformers' notes to itself."""
+    """Shows carsam's logged warnings on stderr."""
     logger = logging.getLogger("carsam")
     if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
         logger.addHandler(_Warnings(logging.WARNING))
-    logger.propagate = False
 
 
 def open_model(source: str, device: str) -> SamModel:

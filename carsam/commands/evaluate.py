@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -19,14 +19,12 @@ def evaluate(
     coco: Annotated[Path, typer.Option(help="COCO instances file.", show_default=False)],
     images: Annotated[Path, typer.Option(help="Folder that its file names are relative to.", show_default=False)],
     boxes: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="COCO detection results whose boxes are the prompts.", show_default="the file's own boxes"),
     ] = None,
     points: Annotated[bool, typer.Option("--points", help="Also the mean IoU after 1, 3 and 5 clicks.")] = False,
-    limit: Annotated[
-        Optional[int], typer.Option(help="Only the file's first images.", show_default="all", min=1)
-    ] = None,
-    json: Annotated[Optional[Path], typer.Option(help="Also write the scores here.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the file's first images.", show_default="all", min=1)] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the scores here.", show_default=False)] = None,
     save: Annotated[
         bool, typer.Option("--save/--no-save", help="Note the scores in a packed folder's results.json.")
     ] = True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,7 +12,7 @@ from carsam.commands.common import out
 
 def methods(
     name: Annotated[
-        Optional[str], typer.Argument(help="A method, to list its settings and their defaults.", show_default=False)
+        str | None, typer.Argument(help="A method, to list its settings and their defaults.", show_default=False)
     ] = None,
 ) -> None:
     """List the quantization methods."""

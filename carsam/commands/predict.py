@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,11 +23,11 @@ def predict(
     ],
     image: Annotated[Path, typer.Argument(help="Image file.", show_default=False)],
     box: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(metavar="X1,Y1,X2,Y2", help="Box in pixels. Repeatable: several objects.", show_default=False),
     ] = None,
     point: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             metavar="X,Y[,LABEL]",
             help="Point in pixels, label 1 inside (default), 0 outside. Repeatable: all belong to one object, with "

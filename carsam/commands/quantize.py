@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,11 +26,11 @@ def quantize(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     data: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="Folder of calibration images.", show_default=False, rich_help_panel=_DATA),
     ] = None,
     coco: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             "--coco",
             "--boxes",
@@ -40,7 +40,7 @@ def quantize(
         ),
     ] = None,
     box_source: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             metavar="auto|grid",
             help="Without a COCO file: boxes of the model's own masks, or a grid of boxes.",
@@ -49,20 +49,20 @@ def quantize(
         ),
     ] = None,
     n_images: Annotated[
-        Optional[int], typer.Option(help="Images to use.", show_default="32", rich_help_panel=_DATA)
+        int | None, typer.Option(help="Images to use.", show_default="32", rich_help_panel=_DATA)
     ] = None,
     boxes_per_image: Annotated[
-        Optional[int], typer.Option(help="Box prompts of an image, at most.", show_default="6", rich_help_panel=_DATA)
+        int | None, typer.Option(help="Box prompts of an image, at most.", show_default="6", rich_help_panel=_DATA)
     ] = None,
     seed: Annotated[
-        Optional[int], typer.Option(help="Of everything random.", show_default="0", rich_help_panel=_DATA)
+        int | None, typer.Option(help="Of everything random.", show_default="0", rich_help_panel=_DATA)
     ] = None,
     bits: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="Bits of weights and activations.", show_default="w4a4", rich_help_panel=_METHOD),
     ] = None,
     bits_for: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             metavar="PATTERN=BITS",
             help="Other bits for some sites, as '*.neck.*=w8a8' or '*.probs=w4a8'. Repeatable; the last match wins.",
@@ -71,11 +71,11 @@ def quantize(
         ),
     ] = None,
     method: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="See carsam methods.", show_default="car-sam", rich_help_panel=_METHOD),
     ] = None,
     steps: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(
             help="Optimiser steps of every unit.", show_default="the method's", rich_help_panel=_METHOD, min=0
         ),
@@ -90,7 +90,7 @@ def quantize(
         ),
     ] = False,
     granularity: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             metavar="module|pair|block|decoder",
             help="Decoder units; pair is JCAR.",
@@ -99,7 +99,7 @@ def quantize(
         ),
     ] = None,
     set_: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
@@ -109,7 +109,7 @@ def quantize(
         ),
     ] = None,
     recipe: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             help="recipe.yaml of an earlier run; other flags override it.", show_default=False, rich_help_panel=_METHOD
         ),
@@ -151,8 +151,10 @@ def quantize(
     )
     if not config.calibration.images:
         raise ConfigError("calibration images are missing; name their folder with --data.")
+    if out.name in ("", ".."):
+        out = out.resolve()  # working files lie beside OUT, under names made from its own
     try:
-        with Reporter(f"loading {model} and the calibration images") as reporter:
+        with Reporter(f"preparing {model}: calibration images, weight grids") as reporter:
             result = run(
                 model,
                 config.calibration.images,

@@ -20,7 +20,16 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The configuration in a recipe file, as nested mappings.
+    """The configuration in a recipe file without what it says about its own run, as nested mappings.
+
+    Raises:
+        ConfigError: See :func:`read_yaml`.
+    """
+    return {key: value for key, value in read_yaml(path).items() if key not in RUN_KEYS}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of settings, as nested mappings.
 
     Raises:
         ConfigError: The file is missing, is not YAML, or holds no settings.
@@ -35,7 +44,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the recipe {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"the recipe {path} holds no settings; give a recipe.yaml that carsam quantize wrote.")
-    return {key: value for key, value in values.items() if key not in RUN_KEYS}
+    return values
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:

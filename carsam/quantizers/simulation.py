@@ -23,12 +23,14 @@ class Simulation:
         weights: Layers use their quantized weights (nearest, or learned while a unit is reconstructed).
         activations: Activation quantizers quantize.
         drop: Probability that an activation element stays in floating point (QDrop, ICLR 2022).
+        drop_probs: Whether softmax outputs are dropped as well.
         observe: Called as ``observe(quantizer, values)`` before each activation quantizer, or None.
     """
 
     weights: bool = False
     activations: bool = False
     drop: float = 0.0
+    drop_probs: bool = True
     observe: Callable[[Any, torch.Tensor], None] | None = None
 
 

@@ -25,7 +25,7 @@ class UniformSoftmax(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         """Quantized attention from scores (..., queries, keys)."""
-        return self.quantizer(torch.softmax(scores, dim=-1))
+        return self.quantizer(torch.softmax(scores, dim=-1), drop=current().drop_probs)
 
 
 class RowMaximumSoftmax(nn.Module):
@@ -48,7 +48,8 @@ class RowMaximumSoftmax(nn.Module):
         if self.bits >= 16 or not (self.always or state.activations):
             return torch.softmax(scores, dim=-1)
         weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).detach())
-        mask = keep_mask(weights.shape, state.drop, weights.device) if state.drop > 0 and not self.always else None
+        dropped = state.drop > 0 and state.drop_probs and not self.always
+        mask = keep_mask(weights.shape, state.drop, weights.device) if dropped else None
         codes = FakeQuantize.apply(weights, weights.new_tensor(1 / qmax(self.bits)), 0.0, float(qmax(self.bits)), mask)
         return codes / codes.sum(dim=-1, keepdim=True)
 

@@ -142,8 +142,13 @@ class ActivationQuantizer(nn.Module):
             self._limits = (version, low, low + qmax(self.bits))
         return self._limits[1:]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Quantizes and dequantizes ``x`` (any shape) where the simulation asks for it."""
+    def forward(self, x: Tensor, *, drop: bool = True) -> Tensor:
+        """Quantizes and dequantizes ``x`` (any shape) where the simulation asks for it.
+
+        Args:
+            x: Activations.
+            drop: Whether QDrop applies to them.
+        """
         state = current()
         if self.bits >= 16:
             return x
@@ -155,7 +160,7 @@ class ActivationQuantizer(nn.Module):
             return x
         if self.learned is None and not self.is_calibrated:
             raise RuntimeError("an activation quantizer has no range yet; did you run calibration first?")
-        mask = keep_mask(x.shape, state.drop, x.device) if state.drop > 0 else None
+        mask = keep_mask(x.shape, state.drop, x.device) if drop and state.drop > 0 else None
         scale = self.step()
         if self.learned is not None and not self.relative:
             # LSQ's 1/sqrt(numel · qmax) keeps a step's gradient comparable to a weight's.

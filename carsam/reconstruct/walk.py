@@ -7,6 +7,7 @@ the unit; the decoder is small enough to be run up to each of its units.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -171,6 +172,7 @@ class Walk:
         self.progress(number, len(self.units), unit.name, 0, steps)
         finished = self.store.load(self.key, self.model)
         if finished is None:
+            started = time.perf_counter()
             self._observe(unit, data)
 
             mac = method.prepare_unit(self.model, unit, data, self.sites, self.device)
@@ -191,6 +193,7 @@ class Walk:
                     device=self.device,
                     progress=lambda step: self.progress(number, len(self.units), unit.name, step, steps),
                 )
+            report.seconds = time.perf_counter() - started
             finished = report, mac
             self.store.save(self.key, self.model, unit, report, mac)
         self.report.units.append(finished[0])

@@ -1,0 +1,129 @@
+"""Speed of the reconstruction loop: steps per second, peak memory, share of time in plain matrix products.
+
+    python benchmarks/calibration.py                    # embedded model, and ViT-B at 1024 px with random weights
+    python benchmarks/calibration.py --subjects nano
+
+Each unit goes through the walk's own code (observed ranges, then the optimiser loop under torch's profiler), on random
+images. The share counts the self time of matrix products and convolutions against all operators' self time; Python's
+own time, seen as the difference to the wall clock, is in the last column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import carsam
+from carsam.calibrate.cache import CacheSpace
+from carsam.config import QuantizeConfig
+from carsam.data.calibration import CalibrationImage, CalibrationSet
+from carsam.measure import peak_memory
+from carsam.methods.base import create
+from carsam.models.prepare import prepare_model
+from carsam.models.random_init import random_sam
+from carsam.models.sites import find_sites, replace_module
+from carsam.reconstruct import walk as walking
+from carsam.reconstruct.optimize import optimise
+from carsam.reconstruct.store import UnitStore
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "convolution_backward", "thnn_conv2d", "dot")
+
+
+def random_data(size: int, images: int, prompts: int) -> CalibrationSet:
+    """Random pixels and boxes."""
+    generator = torch.Generator().manual_seed(0)
+    items = []
+    for index in range(images):
+        corners = torch.rand(prompts, 2, 2, generator=generator).sort(dim=1).values * size
+        pixels = torch.randn(1, 3, size, size, generator=generator)
+        items.append(CalibrationImage(str(index), pixels, corners.flatten(1)))
+    return CalibrationSet(tuple(items), 0, "random")
+
+
+def share_of_products(profiler: profile) -> tuple[float, float]:
+    """Share of matrix products in the operators' self time, and that time in seconds."""
+    total = products = 0.0
+    for event in profiler.key_averages():
+        if event.key.startswith("aten::") or event.key.endswith(("Backward", "Quantize")):
+            total += event.self_cpu_time_total
+            if event.key.removeprefix("aten::") in PRODUCTS:
+                products += event.self_cpu_time_total
+    return products / total, total / 1e6
+
+
+def measure(name: str, model, units: list[str], steps: int, images: int, prompts: int) -> None:
+    """Runs the walk up to the last of some units; their loops are profiled, other units get no step."""
+    device = torch.device("cpu")
+    method = create("car-sam", {"reconstruction": {"steps": steps, "decoder_steps": steps}})
+    sites = find_sites(model)
+    quantized = copy.deepcopy(model)
+    prepare_model(quantized, sites, QuantizeConfig().bit_plan(), method.quantizer_for, method.softmax_for)
+    quantized.requires_grad_(False)
+    walking.fit_weights(quantized, "min-max")  # what is measured is the loop; the search for grids is not part of it
+    data = random_data(model.config.vision_config.image_size, images, prompts)
+
+    def profiled(model, unit, data, settings, *, steps, **options):
+        if unit.name not in units:
+            return optimise(model, unit, data, settings, steps=0, **options)
+        optimise_only = dict(options, progress=None)
+        copy_ = copy.deepcopy(unit.modules(model))  # warm-up on the same weights, then back
+        optimise(model, unit, data, settings, steps=1, **optimise_only)
+        for path, fresh in zip(unit.scope, copy_):
+            replace_module(model, path, fresh)
+        started = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            report = optimise(model, unit, data, settings, steps=steps, measure_errors=False, **optimise_only)
+        wall = time.perf_counter() - started
+        share, operators = share_of_products(profiler)
+        print(
+            f"| {name} | {unit.name} | {steps / wall:.2f} | {share:.0%} | {peak_memory() / 2**30:.1f} GiB "
+            f"| {1 - min(1, operators / wall):.0%} |",
+            flush=True,
+        )
+        return report
+
+    walking.optimise = profiled
+    try:
+        walking.Walk(
+            quantized,
+            model,
+            sites,
+            method,
+            data,
+            seed=0,
+            device=device,
+            base_key="benchmark",
+            store=UnitStore(None),
+            space=CacheSpace(),
+        ).run()
+    finally:
+        walking.optimise = optimise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", default="nano,vit-b", help="nano, vit-b, by commas")
+    parser.add_argument("--steps", type=int, default=30, help="profiled steps of a unit of the embedded model")
+    parser.add_argument("--large-steps", type=int, default=3, help="profiled steps of a unit of ViT-B")
+    parser.add_argument("--images", type=int, default=2)
+    arguments = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, carsam {carsam.__version__}")
+    print("| model | unit | steps/s | matrix products | peak memory | outside operators |\n| --- | --- | --- | --- | --- | --- |")
+    decoder = ["mask_decoder.transformer.layers.1.pair", "mask_decoder.transformer.final_attn_token_to_image"]
+    if "nano" in arguments.subjects:
+        units = ["vision_encoder.layers.0", "vision_encoder.layers.1", *decoder]
+        measure("nano, 256 px", carsam.load_model("embedded/sam-nano-256"), units, arguments.steps, arguments.images, 6)
+    if "vit-b" in arguments.subjects:
+        units = ["vision_encoder.layers.0", "vision_encoder.layers.2", *decoder]
+        model = random_sam("vit-b").requires_grad_(False)
+        # Two windowed blocks, then a global one: the kinds of block there are.
+        model.vision_encoder.layers = model.vision_encoder.layers[:3]
+        measure("ViT-B, 1024 px", model, units, arguments.large_steps, arguments.images, 6)
+
+
+if __name__ == "__main__":
+    main()

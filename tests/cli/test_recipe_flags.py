@@ -1,0 +1,63 @@
+"""Flags and recipes become a configuration."""
+
+import yaml
+
+from carsam.commands.recipe import parse_assignments, parse_overrides, quantize_config
+
+
+def test_defaults():
+    config = quantize_config(images="photos", coco=None, seed=None)
+    assert (config.method, config.bits, config.settings, config.overrides) == ("car-sam", "w4a4", {}, {})
+    assert (config.calibration.images, config.calibration.n_images) == ("photos", 32)
+
+
+def test_assignments_are_nested_yaml():
+    assignments = ["a.b=1", "a.c=[1, 2]", "d=yes", "e=1e-3", "f=text", "g=null", "h=x=y"]
+    expected = {"a": {"b": 1, "c": [1, 2]}, "d": True, "e": 1e-3, "f": "text", "g": None, "h": "x=y"}
+    assert parse_assignments(assignments) == expected
+
+
+def test_overrides_split_at_the_last_equals_sign():
+    assert parse_overrides(["*.mlp.[a=b]=w8a8"]) == {"*.mlp.[a=b]": "w8a8"}
+
+
+def test_flags_for_single_settings():
+    settings = quantize_config(steps=7, no_mac=True, no_jcar=True, settings=["reconstruction.steps=9"]).settings
+    assert settings == {
+        "reconstruction": {"steps": 9, "decoder_steps": 7},  # --set is the more exact of the two
+        "mac": {"query": False, "key": False, "value": False},
+        "granularity": "module",
+    }
+
+
+def test_flags_override_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    values = {
+        "carsam_version": "0.0.1",
+        "model": "somewhere",
+        "calibration_fingerprint": "0",
+        "method": "car-sam",
+        "settings": {"mac": {"solver": "pooled"}, "granularity": "block"},
+        "bits": "w6a6",
+        "overrides": {"*.probs": "w6a8", "*.neck.*": "w8a8"},
+        "calibration": {"images": "photos", "coco": "photos.json", "n_images": 5},
+    }
+    recipe.write_text(yaml.safe_dump(values, sort_keys=False))
+    config = quantize_config(recipe=recipe)
+    assert config.settings == values["settings"]
+    assert config.overrides == values["overrides"]
+    assert (config.bits, config.calibration.n_images, config.calibration.coco) == ("w6a6", 5, "photos.json")
+
+    config = quantize_config(
+        recipe=recipe, bits="w4a4", n_images=9, granularity="pair", overrides=["*.probs=w4a4"], settings=["mac.key=no"]
+    )
+    assert config.settings == {"mac": {"solver": "pooled", "key": False}, "granularity": "pair"}
+    assert list(config.overrides.items()) == [("*.neck.*", "w8a8"), ("*.probs", "w4a4")]
+    assert (config.bits, config.calibration.n_images, config.calibration.images) == ("w4a4", 9, "photos")
+
+
+def test_another_method_leaves_the_recipes_settings(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: car-sam\nsettings: {granularity: block}\nbits: w6a6\n")
+    config = quantize_config(recipe=recipe, method="rtn")
+    assert (config.method, config.settings, config.bits) == ("rtn", {}, "w6a6")

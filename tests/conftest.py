@@ -1,0 +1,106 @@
+"""Fixtures that many tests share. Models and folders of the session are read-only: take ``fresh_nano`` to change one."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import SamModel
+
+import carsam
+from carsam.config import CalibrationConfig, QuantizeConfig
+from carsam.data.calibration import CalibrationSet, calibration_set
+from carsam.models.load import load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Two steps a unit and no searched ranges: every stage runs, in two seconds instead of minutes.
+QUICK = {
+    "reconstruction": {"steps": 2, "decoder_steps": 2},
+    "mac": {"solver": "pooled"},
+    "weight_observer": "min-max",
+    "activation_observer": "min-max",
+}
+N_IMAGES, BOXES_PER_IMAGE = 3, 2
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def nano_folder() -> Path:
+    """The embedded float model: a transformers folder."""
+    return ROOT / "embedded" / "sam-nano-256"
+
+
+@pytest.fixture(scope="session")
+def calibration_folder() -> Path:
+    """Calibration images (``images``) with their ``instances.json``."""
+    return ROOT / "embedded" / "images" / "calibration"
+
+
+@pytest.fixture(scope="session")
+def evaluation_folder() -> Path:
+    """Evaluation images (``images``) with their ``instances.json``."""
+    return ROOT / "embedded" / "images" / "evaluation"
+
+
+@pytest.fixture(scope="session")
+def nano(nano_folder: Path) -> SamModel:
+    """The embedded float model; read-only."""
+    return load_model(nano_folder)
+
+
+@pytest.fixture
+def fresh_nano(nano: SamModel) -> SamModel:
+    """A copy of the embedded float model to change."""
+    return copy.deepcopy(nano)
+
+
+@pytest.fixture(scope="session")
+def small_set(nano: SamModel, calibration_folder: Path) -> CalibrationSet:
+    """Three calibration images with two boxes each."""
+    return calibration_set(
+        nano,
+        calibration_folder / "images",
+        coco=calibration_folder / "instances.json",
+        n_images=N_IMAGES,
+        boxes_per_image=BOXES_PER_IMAGE,
+    )
+
+
+@pytest.fixture(scope="session")
+def quick_config(calibration_folder: Path) -> QuantizeConfig:
+    """CAR-SAM at W4A4 on the images of ``small_set``, in a few seconds."""
+    data = CalibrationConfig(
+        images=str(calibration_folder / "images"),
+        coco=str(calibration_folder / "instances.json"),
+        n_images=N_IMAGES,
+        boxes_per_image=BOXES_PER_IMAGE,
+    )
+    return QuantizeConfig(settings=QUICK, calibration=data)
+
+
+@pytest.fixture(scope="session")
+def packed_folder(tmp_path_factory: pytest.TempPathFactory, nano_folder: Path, quick_config: QuantizeConfig) -> Path:
+    """A packed model made with ``quick_config``; read-only."""
+    folder = tmp_path_factory.mktemp("packed") / "nano-w4a4"
+    carsam.quantize(nano_folder, quick_config.calibration.images, quick_config, out=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pixel_values(small_set: CalibrationSet) -> torch.Tensor:
+    """One preprocessed image, ``(1, 3, 256, 256)``."""
+    return small_set.images[0].pixel_values
+
+
+@pytest.fixture(scope="session")
+def input_boxes(small_set: CalibrationSet) -> torch.Tensor:
+    """Its box prompts as transformers takes them, ``(1, P, 4)``."""
+    return small_set.images[0].boxes[None]

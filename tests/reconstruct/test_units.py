@@ -1,0 +1,166 @@
+"""Units, the pair, losses and the optimiser loop, on the embedded model."""
+
+import copy
+
+import pytest
+import torch
+
+from carsam.calibrate.cache import CacheSpace
+from carsam.calibrate.capture import capture_call
+from carsam.config import BitPlan
+from carsam.errors import ConfigError
+from carsam.methods.base import Method
+from carsam.models.prepare import prepare_model
+from carsam.models.sites import find_sites
+from carsam.reconstruct.losses import relative_loss
+from carsam.reconstruct.optimize import ReconstructionSettings, UnitData, optimise, relative_errors, unit_seed
+from carsam.reconstruct.units import (
+    GRANULARITIES,
+    capture_unit,
+    check_cover,
+    decoder_input,
+    decoder_units,
+    encoder_units,
+    first_block_inputs,
+    first_stage_input,
+    next_stage_inputs,
+    run_module,
+    run_unit,
+)
+from carsam.reconstruct.walk import fit_weights, variances
+
+
+@pytest.fixture(scope="module")
+def arguments(nano):
+    g = torch.Generator().manual_seed(0)
+    embedding = torch.randn(1, 256, 16, 16, generator=g)
+    boxes = torch.tensor([[10.0, 20.0, 90.0, 120.0], [50.0, 60.0, 200.0, 220.0], [0.0, 0.0, 30.0, 40.0]])
+    return embedding, boxes
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_site_lies_in_exactly_one_unit(nano, granularity):
+    sites = find_sites(nano)
+    check_cover(encoder_units(sites) + decoder_units(sites, granularity), sites)
+    with pytest.raises(AssertionError):
+        check_cover(encoder_units(sites) + decoder_units(sites, granularity)[1:], sites)
+
+
+def test_unknown_granularity_names_the_choices(nano):
+    with pytest.raises(ConfigError, match="pair"):
+        decoder_units(find_sites(nano), "head")
+
+
+@torch.no_grad()
+def test_walking_block_by_block_is_the_transformer(nano, arguments):
+    """The stages that the walk strings together, and the pair within a block, compute what the model computes."""
+    sites = find_sites(nano)
+    call = decoder_input(nano, *arguments)
+    expected = nano.mask_decoder.transformer(attention_similarity=None, **call)
+    inputs = first_block_inputs(nano, sites, call)
+    for block in sites.two_way_blocks:
+        whole = run_module(nano, block.name, inputs)
+        pair = next(unit for unit in decoder_units(sites, "pair") if unit.block == block)
+        captured = capture_unit(nano, pair, lambda inputs=inputs, block=block: run_module(nano, block.name, inputs))
+        for a, b in zip(run_unit(nano, pair, captured), whole):
+            torch.testing.assert_close(a, b)
+        inputs = next_stage_inputs(sites, block.name, inputs, whole)
+    torch.testing.assert_close(whole[1], expected[1])
+    final = run_module(nano, sites.final_attention, inputs)[0]
+    tokens = nano.mask_decoder.transformer.layer_norm_final_attn(whole[0] + final)
+    torch.testing.assert_close(tokens, expected[0])
+
+
+@torch.no_grad()
+def test_prompts_along_the_first_dimension_are_the_models_own(nano, arguments):
+    embedding, boxes = arguments
+    call = decoder_input(nano, embedding, boxes)
+    expected = {}
+
+    def keep(module, args, kwargs, output):
+        expected["out"] = output
+
+    hook = nano.mask_decoder.transformer.register_forward_hook(keep, with_kwargs=True)
+    nano(image_embeddings=embedding, input_boxes=boxes[None], multimask_output=False)
+    hook.remove()
+    tokens, image = nano.mask_decoder.transformer(attention_similarity=None, **call)
+    torch.testing.assert_close(tokens.transpose(0, 1), expected["out"][0])
+    torch.testing.assert_close(image, expected["out"][1])
+
+
+@torch.no_grad()
+def test_encoder_stages_are_the_encoder(nano):
+    pixels = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(1))
+    hidden = first_stage_input(nano, pixels)
+    for unit in encoder_units(find_sites(nano)):
+        hidden = run_unit(nano, unit, {"hidden_states": hidden})[0]
+    torch.testing.assert_close(hidden, nano.vision_encoder(pixels).last_hidden_state)
+
+
+def test_loss_is_relative_and_counts_channels():
+    a, b = torch.randn(4, 7, 16), torch.randn(4, 7, 16)
+    loss = relative_loss((a, a), (b, b), [2.0, 4.0])
+    per_token = (a - b).square().sum(-1).mean()
+    torch.testing.assert_close(loss, per_token / 2 + per_token / 4)
+    image = torch.randn(2, 16, 3, 5)
+    torch.testing.assert_close(
+        relative_loss((image,), (0 * image,), [1.0], 1), relative_loss((image.movedim(1, -1),), (0 * image.movedim(1, -1),), [1.0])
+    )
+
+
+def pair_problem(nano, arguments, drop):
+    """The first block's pair at 4 bits with its data from two items."""
+    sites = find_sites(nano)
+    model = copy.deepcopy(nano)
+    method = Method()
+    prepare_model(model, sites, BitPlan.parse("w4a4"), method.quantizer_for, method.softmax_for)
+    model.requires_grad_(False)
+    fit_weights(model, "mse")
+    unit = next(unit for unit in decoder_units(sites, "pair") if unit.block is not None)
+    space = CacheSpace()
+    inputs, targets = space.cache(), space.cache()
+    with torch.no_grad():
+        for scale in (1.0, 1.3):
+            call = first_block_inputs(nano, sites, decoder_input(nano, arguments[0] * scale, arguments[1]))
+            captured = capture_unit(nano, unit, lambda call=call: run_module(nano, unit.stage, call))
+            inputs.append(captured)
+            targets.append(dict(zip("ab", run_unit(nano, unit, captured))))
+    from carsam.calibrate.observers import RangeRecorder
+    from carsam.quantizers import simulate
+
+    recorder = RangeRecorder(unit.modules(model))
+    with recorder.recording(), simulate(weights=True):
+        for i in range(2):
+            run_unit(model, unit, inputs.get(i, torch.device("cpu")))
+    recorder.apply("mse")
+    data = UnitData(inputs, inputs, targets, variances(targets))
+    return model, unit, data, ReconstructionSettings(drop=drop)
+
+
+def test_reconstruction_lowers_the_error_of_both_outputs_and_freezes(nano, arguments):
+    model, unit, data, settings = pair_problem(nano, arguments, drop=0.0)
+    device = torch.device("cpu")
+    report = optimise(model, unit, data, settings, steps=40, seed=0, device=device)
+    assert all(after < before for before, after in zip(report.before, report.after))
+    assert report.after == pytest.approx(relative_errors(model, unit, data, device))
+    layers = [m for module in unit.modules(model) for m in module.modules() if hasattr(m, "codes")]
+    assert layers and all(layer.codes is not None and layer.alpha is None for layer in layers)
+
+
+def test_same_seed_same_integers_other_seed_others(nano, arguments):
+    def codes(seed):
+        model, unit, data, settings = pair_problem(nano, arguments, drop=0.5)
+        torch.manual_seed(seed * 7 + 1)  # the caller's random state must not matter
+        optimise(model, unit, data, settings, steps=5, seed=seed, device=torch.device("cpu"))
+        return torch.cat([m.codes.flatten() for x in unit.modules(model) for m in x.modules() if hasattr(m, "codes")])
+
+    first = codes(0)
+    assert torch.equal(first, codes(0))
+    assert not torch.equal(first, codes(1))
+    assert unit_seed(0, "a") != unit_seed(0, "b") != unit_seed(1, "b")
+
+
+def test_settings_out_of_range_are_refused():
+    for wrong in ({"steps": -1}, {"drop": 1.0}, {"images_per_step": 0}):
+        with pytest.raises(ConfigError):
+            ReconstructionSettings(**wrong)
