@@ -112,7 +112,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2)
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, carsam {carsam.__version__}")
-    print("| model | unit | steps/s | matrix products | peak memory | outside operators |\n| --- | --- | --- | --- | --- | --- |")
+    print("| model | unit | steps/s | matrix products | peak memory | outside operators |")
+    print("| --- | --- | --- | --- | --- | --- |")
     decoder = ["mask_decoder.transformer.layers.1.pair", "mask_decoder.transformer.final_attn_token_to_image"]
     if "nano" in arguments.subjects:
         units = ["vision_encoder.layers.0", "vision_encoder.layers.1", *decoder]

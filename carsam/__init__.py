@@ -5,10 +5,15 @@
 >>> predictor = carsam.SamPredictor(carsam.load("sam-b-w4a4"))
 """
 
+import os
 import sys
 from pathlib import Path
 
 __version__ = "0.1.0"
+
+# Threads that wait must sleep, not spin: beside any other busy process, OpenMP's spinning makes the thousands of small
+# operations here up to a hundred times slower. Read when torch is loaded; of no effect where it already is.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # The command line answers --help without the seconds that torch and transformers take to import; its commands import
 # what they need by module. Everywhere else, importing carsam also teaches transformers to load packed folders.

@@ -1,9 +1,13 @@
-"""Fixtures that many tests share. Models and folders of the session are read-only: take ``fresh_nano`` to change one."""
+"""Fixtures that many tests share. Models and folders of the session are read-only; ``fresh_nano`` may be changed."""
 
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
+
+# As carsam does, which may be imported only after torch here.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -167,12 +167,14 @@ def compare(
                 settings = create(row.method, row.settings).to_dict()
                 key = fingerprint(base, settings, row.overrides, bits, seed)
 
-                def measure(row: Row = row, bits: str = bits, calibration: CalibrationConfig = calibration) -> dict:
+                def measure(
+                    row: Row = row, bits: str = bits, key: str = key, calibration: CalibrationConfig = calibration
+                ) -> dict:
                     nonlocal data
                     if data is None:
                         data = calibration_set(model, **asdict(calibration))
                     config = QuantizeConfig(row.method, row.settings, bits, row.overrides, calibration)
-                    out = folder / "packed"
+                    out = folder / f"packed-{key[:8]}"
                     result = quantize(
                         model,
                         data,

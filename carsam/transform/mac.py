@@ -29,7 +29,10 @@ class MacSettings:
     Attributes:
         query, key, value: Which branches run.
         solver: ``exact`` (conjugate gradients) or ``pooled`` (the paper's Sylvester equation).
-        damping: λ of the query and key branches, relative to the mean diagonals of the second moments.
+        damping: λ of the query and key branches, relative to the mean diagonals of the second moments. Small values
+            overfit: prompt tokens span few directions, and along the others nothing holds D back. On held-out images
+            1 is best or close to it at every attention, and 0.01 is often worse than no compensation
+            (docs/RESULTS.md).
         value_damping: λ of the value branch, likewise.
         center_keys: Count score errors after each row's mean is removed, which softmax ignores anyway.
     """
@@ -38,8 +41,8 @@ class MacSettings:
     key: bool = True
     value: bool = True
     solver: str = "exact"
-    damping: float = 0.01
-    value_damping: float = 0.01
+    damping: float = 1.0
+    value_damping: float = 1.0
     center_keys: bool = True
 
     def __post_init__(self):

@@ -41,8 +41,8 @@ def test_bits_that_do_not_exist_are_refused(text):
 def test_overrides_match_layers_inputs_and_operands_last_one_wins():
     plan = BitPlan.parse("w4a4", {"mask_decoder.*": "w8a8", "*.probs": "w4a6", "*.mlp.lin2": "w5a7"})
     assert plan.weight_bits("vision_encoder.neck.conv1") == 4
-    assert plan.weight_bits("mask_decoder.x.mlp.lin1") == 8 and plan.activation_bits("mask_decoder.x.mlp.lin1.input") == 8
-    assert plan.weight_bits("mask_decoder.x.mlp.lin2") == 5 and plan.activation_bits("mask_decoder.x.mlp.lin2.input") == 7
+    for layer, weights, activations in (("mask_decoder.x.mlp.lin1", 8, 8), ("mask_decoder.x.mlp.lin2", 5, 7)):
+        assert plan.weight_bits(layer) == weights and plan.activation_bits(f"{layer}.input") == activations
     assert plan.activation_bits("mask_decoder.x.probs") == 6
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from carsam.calibrate.cache import CacheSpace
-from carsam.calibrate.capture import capture_call
+from carsam.calibrate.observers import RangeRecorder
 from carsam.config import BitPlan
 from carsam.errors import ConfigError
 from carsam.methods.base import Method
 from carsam.models.prepare import prepare_model
 from carsam.models.sites import find_sites
+from carsam.quantizers import simulate
 from carsam.reconstruct.losses import relative_loss
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData, optimise, relative_errors, unit_seed
 from carsam.reconstruct.units import (
@@ -103,9 +104,9 @@ def test_loss_is_relative_and_counts_channels():
     per_token = (a - b).square().sum(-1).mean()
     torch.testing.assert_close(loss, per_token / 2 + per_token / 4)
     image = torch.randn(2, 16, 3, 5)
-    torch.testing.assert_close(
-        relative_loss((image,), (0 * image,), [1.0], 1), relative_loss((image.movedim(1, -1),), (0 * image.movedim(1, -1),), [1.0])
-    )
+    last = image.movedim(1, -1)
+    channels_first = relative_loss((image,), (0 * image,), [1.0], 1)
+    torch.testing.assert_close(channels_first, relative_loss((last,), (0 * last,), [1.0]))
 
 
 def pair_problem(nano, arguments, drop):
@@ -125,9 +126,6 @@ def pair_problem(nano, arguments, drop):
             captured = capture_unit(nano, unit, lambda call=call: run_module(nano, unit.stage, call))
             inputs.append(captured)
             targets.append(dict(zip("ab", run_unit(nano, unit, captured))))
-    from carsam.calibrate.observers import RangeRecorder
-    from carsam.quantizers import simulate
-
     recorder = RangeRecorder(unit.modules(model))
     with recorder.recording(), simulate(weights=True):
         for i in range(2):
