@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Where these are newer than the stamp, packages are installed again.
 INPUTS := pyproject.toml constraints.txt
+# Not ".": ruff would also rearrange the code in Markdown files.
+SOURCES := $(wildcard carsam tests tools benchmarks)
 
 # Twice quiet: errors only.
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
@@ -25,12 +27,12 @@ test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
 
 format: $(VENV)/.installed-dev
-	@$(BIN)/ruff check --fix .
-	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
 
 $(BIN)/python:
 	@echo "creating $(VENV)"

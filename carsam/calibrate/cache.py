@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from carsam.errors import CarsamError
+
 HALF_MAX = torch.finfo(torch.float16).max
 
 
@@ -84,12 +86,32 @@ class CacheSpace:
         return sum(size for _, size in self._live)
 
     def keep(self, value: Tensor) -> Tensor:
-        """A CPU copy of ``value``, in memory within the budget, in a mapped file beyond it."""
+        """A CPU copy of ``value``, in memory within the budget, in a mapped file beyond it.
+
+        Raises:
+            CarsamError: There is no space for the file.
+        """
         size = value.numel() * value.element_size()
         if self.in_memory + size <= self.budget:
             kept = value.to("cpu", copy=True).contiguous()
             self._live.append((weakref.ref(kept), size))
             return kept
+        try:
+            path = self._reserve(size)
+        except OSError as error:
+            raise CarsamError(
+                f"cannot keep activations in the temporary folder {self._parent or tempfile.gettempdir()}: "
+                f"{error.strerror or error}. Free space there, set TMPDIR to another folder, or allow more memory "
+                "(--cache-gb)."
+            ) from error
+        mapped = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
+        if os.name == "posix":
+            # The mapping keeps the data reachable; without its name, the file goes when the last tensor does.
+            path.unlink()
+        return mapped.copy_(value.flatten().cpu()).view(value.shape)
+
+    def _reserve(self, size: int) -> Path:
+        """A new file of ``size`` bytes in the spill directory."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="carsam-cache-", dir=self._parent)
         self._files += 1
@@ -98,8 +120,4 @@ class CacheSpace:
             # Reserve the space now: a full disk is an error here, but a bus error once the file is mapped.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
-        mapped = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
-        if os.name == "posix":
-            # The mapping keeps the data reachable; without its name, the file goes when the last tensor does.
-            path.unlink()
-        return mapped.copy_(value.flatten().cpu()).view(value.shape)
+        return path

@@ -28,7 +28,7 @@ class Reporter:
         if err.is_terminal:
             columns = (
                 TextColumn("{task.description}", markup=False),
-                BarColumn(24),
+                BarColumn(10),
                 TextColumn("{task.fields[detail]}"),
             )
             self._bar = Progress(*columns, TimeElapsedColumn(), console=err, transient=True)
@@ -49,6 +49,9 @@ class Reporter:
 
     def units(self, unit: int, n_units: int, name: str, step: int, n_steps: int) -> None:
         """The callback of :func:`carsam.pipeline.quantize`."""
+        # Short enough for the longest name, its bar and its steps on 80 columns.
+        for prefix, short in (("mask_decoder.transformer.", "decoder."), ("vision_encoder.", "encoder.")):
+            name = name.replace(prefix, short)
         position = f"unit {unit + 1}/{n_units}  {name}"
         done = (unit + step / max(1, n_steps)) / n_units
         self._show(unit, position, done, f"step {step}/{n_steps}" if n_steps else "")

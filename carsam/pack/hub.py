@@ -7,9 +7,11 @@ are one-dimensional, so it stops at their shapes (see :class:`carsam.pack.layers
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -65,6 +67,8 @@ class CarsamHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         build_packed(model, self.quantization_config.layout)
+        # Before loading: transformers makes up what a file lacks, and only logs it.
+        check_tensors(model, kwargs.get("checkpoint_files") or ())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_complete(model)
@@ -79,6 +83,36 @@ class CarsamHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def check_tensors(model: PreTrainedModel, files: Sequence[str]) -> None:
+    """Refuses files that do not hold exactly the tensors of a packed model.
+
+    Args:
+        model: From :func:`carsam.pack.layout.build_packed`.
+        files: The files that its tensors will be loaded from; none where they come from memory.
+
+    Raises:
+        CheckpointError: A tensor is missing, or there is one that the model has no place for.
+    """
+    if not files:
+        return
+    found: set[str] = set()
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found.update(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is not a safetensors file, or damaged; get it again. ({error})") from error
+    expected = set(model.state_dict())
+    tied = set(model._tied_weights_keys or ())
+    wrong = sorted((expected - tied - found) | (found - expected))
+    if wrong:
+        raise CheckpointError(
+            f"{', '.join(str(path) for path in files)} does not hold the tensors that config.json describes: missing "
+            f"or unexpected {', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; it is "
+            "damaged, get it again."
+        )
 
 
 def check_complete(model: nn.Module) -> None:

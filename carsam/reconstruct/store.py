@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,8 @@ class UnitStore:
             save_file(unit_state(model, unit), temporary, metadata={"reports": reports})
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise CarsamError(
                 f"cannot save progress in {self.folder}: {error}. Free space there and run again."
             ) from error

@@ -1,0 +1,65 @@
+"""File sizes of the published SAM architectures at 4 bits, measured on random weights.
+
+    python benchmarks/sizes.py --sizes vit-b,vit-l,vit-h
+
+Each model is quantized by RTN (one random image sets the ranges, whose number does not change the size), packed, loaded
+back, and its file compared with the FP16 file of the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from calibration import random_data
+from safetensors.torch import save_file
+
+import carsam
+from carsam.config import QuantizeConfig
+from carsam.measure import peak_memory
+from carsam.models.random_init import random_sam
+from carsam.pack.checkpoint import folder_size
+
+LIMITS = {"vit-b": 0.30, "vit-l": 0.28, "vit-h": 0.28}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="vit-b,vit-l,vit-h")
+    parser.add_argument("--bits", default="w4a4")
+    arguments = parser.parse_args()
+    print("| model | FP16 file | packed file | share | quantized and reloaded in | peak memory |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    too_large = False
+    for size in arguments.sizes.split(","):
+        model = random_sam(size).requires_grad_(False)
+        with tempfile.TemporaryDirectory() as folder:
+            half = Path(folder) / "half.safetensors"
+            tied = set(model._tied_weights_keys)
+            weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if k not in tied}
+            save_file(weights, half)
+            full_bytes = half.stat().st_size
+            del weights
+            half.unlink()
+            started = time.perf_counter()
+            settings = {"weight_observer": "min-max", "activation_observer": "min-max"}
+            config = QuantizeConfig("rtn", settings, arguments.bits)
+            data = random_data(model.config.vision_config.image_size, 1, 1)
+            carsam.quantize(model, data, config, out=Path(folder) / "packed")
+            packed_bytes = folder_size(Path(folder) / "packed")
+        share = packed_bytes / full_bytes
+        too_large |= arguments.bits == "w4a4" and share > LIMITS[size]
+        print(
+            f"| {size} | {full_bytes / 1e6:.1f} MB | {packed_bytes / 1e6:.1f} MB | {share:.3f} "
+            f"| {time.perf_counter() - started:.0f} s | {peak_memory(torch.device('cpu')) / 2**30:.1f} GiB |",
+            flush=True,
+        )
+    return int(too_large)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
