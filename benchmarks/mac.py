@@ -1,0 +1,66 @@
+"""Seconds that MAC takes on one attention of ViT-B's decoder: 32 images × 6 prompts, 64 × 64 image tokens.
+
+    python benchmarks/mac.py
+
+All three branches on random weights and inputs, with everything that belongs to it: statistics, solving, fitting weight
+grids and observing ranges again, and the errors before and after.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from carsam.calibrate.observers import RangeRecorder
+from carsam.config import QuantizeConfig
+from carsam.measure import peak_memory
+from carsam.methods.base import create
+from carsam.models.prepare import prepare_model
+from carsam.models.random_init import random_sam
+from carsam.models.sites import find_sites
+from carsam.quantizers import simulate
+from carsam.reconstruct.walk import fit_weights
+from carsam.transform.compensate import SOLVERS
+from carsam.transform.mac import MacSettings, compensate_attention
+
+IMAGES, PROMPTS, TOKENS, PIXELS, DIM = 32, 6, 7, 64 * 64, 256
+
+
+@torch.no_grad()
+def main() -> None:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print("| attention | solver | seconds | peak memory |\n| --- | --- | --- | --- |")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(IMAGES, PROMPTS, 1, TOKENS, DIM, generator=generator)
+    image = torch.randn(IMAGES, PROMPTS, 1, PIXELS, DIM, generator=generator)
+    for solver in SOLVERS:
+        model = random_sam("vit-b").requires_grad_(False)
+        model.vision_encoder.layers = model.vision_encoder.layers[:1]
+        sites, method = find_sites(model), create("car-sam")
+        prepare_model(model, sites, QuantizeConfig().bit_plan(), method.quantizer_for, method.softmax_for)
+        block = sites.two_way_blocks[1]
+        for name, query, key in ((block.token_to_image, tokens, image), (block.image_to_token, image, tokens)):
+            attention = model.get_submodule(name)
+            fit_weights(attention, "mse")
+
+            def run(index: int, attention=attention, query=query, key=key):
+                return attention(query=query[index], key=key[index], value=key[index])
+
+            recorder = RangeRecorder([attention])
+            with recorder.recording(), simulate(weights=True):
+                for index in range(IMAGES):
+                    run(index)
+            recorder.apply("mse")
+            runs = [lambda index=index, run=run: run(index) for index in range(IMAGES)]
+            started = time.perf_counter()
+            compensate_attention(attention, name, runs, MacSettings(value=True, solver=solver))
+            seconds = time.perf_counter() - started
+            print(
+                f"| {name.rpartition('.')[2]} | {solver} | {seconds:.1f} | {peak_memory() / 2**30:.1f} GiB |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
