@@ -54,7 +54,7 @@ def main() -> None:
             recorder.apply("mse")
             runs = [lambda index=index, run=run: run(index) for index in range(IMAGES)]
             started = time.perf_counter()
-            compensate_attention(attention, name, runs, MacSettings(solver=solver))
+            compensate_attention(attention, name, runs, MacSettings(value=True, solver=solver))
             seconds = time.perf_counter() - started
             print(
                 f"| {name.rpartition('.')[2]} | {solver} | {seconds:.1f} | {peak_memory() / 2**30:.1f} GiB |",

@@ -40,10 +40,10 @@ def restore(attention: nn.Module, saved: nn.Module) -> None:
 
 def sweep(attention, name, runs, settings, **options):
     """Stands in for ``compensate_attention``: tries every λ on both kinds of branch, and leaves nothing changed."""
-    solve, held_out = runs[:SOLVED_ON], list(mac._attention_calls(attention, runs[SOLVED_ON:]))
+    solve, held_out = runs[:SOLVED_ON], list(mac.attention_calls(attention, runs[SOLVED_ON:]))
     layers = (attention.q_proj, attention.k_proj, attention.v_proj)
     original = [mac.projection_matrix(layer, attention.num_attention_heads).clone() for layer in layers]
-    before = mac._errors(attention, held_out, original)
+    before = mac.attention_errors(attention, held_out, original)
     saved = snapshot(attention)
     for branch, which in (("QK", 0), ("V", 1)):
         seen, unseen, change = [], [], []
@@ -59,7 +59,7 @@ def sweep(attention, name, runs, settings, **options):
             report = mac.compensate_attention(attention, name, solve, chosen, **options)
             start, end = (report.scores, report.output)[which]
             seen.append(f"{end:.4f}")
-            unseen.append(f"{mac._errors(attention, held_out, original)[which]:.4f}")
+            unseen.append(f"{mac.attention_errors(attention, held_out, original)[which]:.4f}")
             change.append(f"{max(report.change.values()):.2f}")
             restore(attention, saved)
         short = name.removeprefix("mask_decoder.transformer.")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Two steps a unit and no searched ranges: every stage runs, in two seconds instead of minutes.
 QUICK = {
     "reconstruction": {"steps": 2, "decoder_steps": 2},
-    "mac": {"solver": "pooled"},
+    "mac": {"solver": "pooled", "value": True},
     "weight_observer": "min-max",
     "activation_observer": "min-max",
 }

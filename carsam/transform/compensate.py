@@ -23,7 +23,7 @@ SOLVERS = ("pooled", "exact")
 
 @dataclass
 class ProductStatistics:
-    """Second moments of one branch, gathered sample by sample in float64.
+    """Second moments of one branch, gathered sample by sample.
 
     Attributes:
         gram: G_i, list of (d_in, d_in).
@@ -49,15 +49,14 @@ class ProductStatistics:
             center: Remove the mean over ``other_tokens``: softmax ignores what is constant over the keys. For the
                 query branch only (there the other operand is the keys).
         """
-        inputs = inputs.double()
-        quantized = quantized.double()
-        error = quantized - reference.double()
+        error = quantized - reference
         if center:
             quantized = quantized - quantized.mean(-2, keepdim=True)
             error = error - error.mean(-2, keepdim=True)
-        self.gram.extend(inputs.transpose(-2, -1) @ inputs)
-        self.other.extend(quantized.transpose(-2, -1) @ quantized)
-        self.cross.extend(error.transpose(-2, -1) @ quantized)
+        # Products in the precision of the inputs: a few thousand terms a sample; the sums over samples are in float64.
+        self.gram.extend((inputs.transpose(-2, -1) @ inputs).double())
+        self.other.extend((quantized.transpose(-2, -1) @ quantized).double())
+        self.cross.extend((error.transpose(-2, -1) @ quantized).double())
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """(n, d_in, d_in), (n, heads, d_head, d_head) twice."""
@@ -214,10 +213,17 @@ class ValueStatistics:
             quantized: P̂, the attention of quantized scores, itself quantized.
             value: (samples, heads, keys, d_head) values.
         """
-        mixed = (quantized @ inputs[:, None]).double()  # P̂X: (samples, heads, queries, d_in)
-        missing = ((reference - quantized) @ value).double()
-        gram = (mixed.transpose(-2, -1) @ mixed).sum(0)
-        right = (mixed.transpose(-2, -1) @ missing).sum(0)
+        missing = reference - quantized
+        if quantized.shape[-1] < quantized.shape[-2]:
+            # Few keys for many queries (image→token): through (keys × keys) products of the attentions.
+            transposed, x = quantized.transpose(-2, -1), inputs[:, None]
+            gram = x.transpose(-2, -1) @ (transposed @ quantized) @ x
+            right = x.transpose(-2, -1) @ ((transposed @ missing) @ value)
+        else:
+            mixed = quantized @ inputs[:, None]  # P̂X: (samples, heads, queries, d_in)
+            gram = mixed.transpose(-2, -1) @ mixed
+            right = mixed.transpose(-2, -1) @ (missing @ value)
+        gram, right = gram.double().sum(0), right.double().sum(0)
         self.gram = gram if self.gram is None else self.gram + gram
         self.right = right if self.right is None else self.right + right
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,9 @@ class MacSettings:
     """Settings of MatMul-Aware Compensation.
 
     Attributes:
-        query, key, value: Which branches run.
+        query, key, value: Which branches run. Value is off by default: it answers the mass that coarse codes of P lose,
+            which learning their step answers as well, and both together overshoot (docs/RESULTS.md). Without
+            reconstruction it helps.
         solver: ``exact`` (conjugate gradients) or ``pooled`` (the paper's Sylvester equation).
         damping: λ of the query and key branches, relative to the mean diagonals of the second moments. Small values
             overfit: prompt tokens span few directions, and along the others nothing holds D back. On held-out images
@@ -39,7 +41,7 @@ class MacSettings:
 
     query: bool = True
     key: bool = True
-    value: bool = True
+    value: bool = False
     solver: str = "exact"
     damping: float = 1.0
     value_damping: float = 1.0
@@ -135,7 +137,7 @@ def _operands(attention: nn.Module, call: dict[str, Tensor], reference: list[Ten
     return _Operands(q, k, v, scores, matmul.probs(scores))
 
 
-def _attention_calls(attention: nn.Module, runs: Iterable[Callable[[], object]]) -> Iterable[dict[str, Tensor]]:
+def attention_calls(attention: nn.Module, runs: Iterable[Callable[[], object]]) -> Iterator[dict[str, Tensor]]:
     """Inputs of the attention for every calibration item, from the quantized-so-far model."""
     for run in runs:
         with simulate(weights=True, activations=True, drop=0.0):
@@ -143,20 +145,51 @@ def _attention_calls(attention: nn.Module, runs: Iterable[Callable[[], object]])
         yield {name: call[name] for name in ("query", "key", "value")}
 
 
-def _errors(attention: nn.Module, calls: Iterable[dict[str, Tensor]], reference: list[Tensor]) -> tuple[float, float]:
-    """Relative squared errors of centred scores and of PV, everything quantized, against the float projections."""
-    sums = torch.zeros(4, dtype=torch.float64)
-    for call in calls:
-        exact = _operands(attention, call, reference)
-        with simulate(weights=True, activations=True, drop=0.0):
-            quantized = _operands(attention, call)
+class _Errors:
+    """Relative squared errors of centred scores and of PV, summed over calibration items."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64)
+
+    def update(self, exact: _Operands, quantized: _Operands) -> None:
+        """Takes one item, in floating point and with everything quantized."""
         want = exact.scores - exact.scores.mean(-1, keepdim=True)
         got = quantized.scores - quantized.scores.mean(-1, keepdim=True)
         out, out_hat = exact.probs @ exact.value, quantized.probs @ quantized.value
         parts = [(got - want).square().sum(), want.square().sum(), (out_hat - out).square().sum(), out.square().sum()]
-        sums += torch.stack(parts).double().cpu()
-    s = sums.clamp(min=1e-30)
-    return (s[0] / s[1]).item(), (s[2] / s[3]).item()
+        self._sums += torch.stack(parts).double().cpu()
+
+    def relative(self) -> tuple[float, float]:
+        """Of the scores and of the output."""
+        s = self._sums.clamp(min=1e-30)
+        return (s[0] / s[1]).item(), (s[2] / s[3]).item()
+
+
+def attention_errors(
+    attention: nn.Module, calls: Iterable[dict[str, Tensor]], reference: list[Tensor]
+) -> tuple[float, float]:
+    """Relative squared errors of an attention's scores and output against float projections.
+
+    Args:
+        attention: Quantized decoder attention.
+        calls: Its inputs, item by item.
+        reference: Float projections of query, key and value, (heads, d_in + 1, d_head) each.
+    """
+    errors = _Errors()
+    for exact, quantized in _pairs(attention, calls, reference):
+        errors.update(exact, quantized)
+    return errors.relative()
+
+
+def _pairs(
+    attention: nn.Module, calls: Iterable[dict[str, Tensor]], reference: list[Tensor]
+) -> Iterator[tuple[_Operands, _Operands]]:
+    """Operands of every item, in floating point by the reference and with everything quantized."""
+    for call in calls:
+        exact = _operands(attention, call, reference)
+        with simulate(weights=True, activations=True, drop=0.0):
+            quantized = _operands(attention, call)
+        yield exact, quantized
 
 
 @torch.no_grad()
@@ -187,7 +220,7 @@ def compensate_attention(
     heads = attention.num_attention_heads
     layers = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
     original = [projection_matrix(layer, heads).clone() for layer in layers.values()]
-    calls = list(_attention_calls(attention, runs))
+    calls = list(attention_calls(attention, runs))
     report = MacReport(name)
 
     def refit() -> None:
@@ -200,21 +233,20 @@ def compensate_attention(
                 attention(**call)
         recorder.apply(activation_observer)
 
-    before = _errors(attention, calls, original)
+    for_query, for_key = ProductStatistics.empty(), ProductStatistics.empty()
+    errors = _Errors()
+    for call, (exact, quantized) in zip(calls, _pairs(attention, calls, original)):
+        errors.update(exact, quantized)
+        if settings.query:
+            for_query.update(with_ones(call["query"]), exact.key, quantized.key, center=settings.center_keys)
+        if settings.key:
+            inputs = with_ones(call["key"])
+            if settings.center_keys:
+                inputs = inputs - inputs.mean(-2, keepdim=True)
+            for_key.update(inputs, exact.query, quantized.query)
+    before = errors.relative()
 
     if settings.query or settings.key:
-        for_query, for_key = ProductStatistics.empty(), ProductStatistics.empty()
-        for call in calls:
-            exact = _operands(attention, call, original)
-            with simulate(weights=True, activations=True, drop=0.0):
-                quantized = _operands(attention, call)
-            if settings.query:
-                for_query.update(with_ones(call["query"]), exact.key, quantized.key, center=settings.center_keys)
-            if settings.key:
-                inputs = with_ones(call["key"])
-                if settings.center_keys:
-                    inputs = inputs - inputs.mean(-2, keepdim=True)
-                for_key.update(inputs, exact.query, quantized.query)
         options = {"solver": settings.solver, "relative_damping": settings.damping}
         changes = {}
         if settings.query:
@@ -227,15 +259,12 @@ def compensate_attention(
 
     if settings.value:
         statistics = ValueStatistics()
-        for call in calls:
-            exact = _operands(attention, call, original)
-            with simulate(weights=True, activations=True, drop=0.0):
-                quantized = _operands(attention, call)
+        for call, (exact, quantized) in zip(calls, _pairs(attention, calls, original)):
             statistics.update(with_ones(call["value"]), exact.probs, quantized.probs, exact.value)
         change = compensate_value(statistics, relative_damping=settings.value_damping)
         report.change["value"] = add_to_projection(layers["value"], change)
         refit()
 
-    after = _errors(attention, calls, original)
+    after = attention_errors(attention, calls, original)
     report.scores, report.output = (before[0], after[0]), (before[1], after[1])
     return report
