@@ -1,0 +1,59 @@
+"""Peak memory of a whole quantization at 1024 px: CAR-SAM, every stage, few steps (memory does not grow with them).
+
+    python benchmarks/memory.py                          # ViT-B, hours on two cores
+    python benchmarks/memory.py --blocks 3 --boxes 2     # its kinds of block and the decoder, a quarter of an hour
+
+With ``--blocks`` the encoder keeps its first blocks only (two windowed, then a global one). What the others would add
+is their weights in the float and the quantized model and their codes, which is printed and added; caches are of one
+block at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from calibration import random_data
+
+import carsam
+from carsam.config import QuantizeConfig
+from carsam.measure import peak_memory
+from carsam.models.random_init import random_sam
+
+# Float reference, model being quantized (four bytes a weight each), and the codes.
+BYTES_PER_WEIGHT = 4 + 4 + 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="vit-b")
+    parser.add_argument("--blocks", type=int, help="keep only so many encoder blocks")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--boxes", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--cache-gb", type=float, default=6.0)
+    arguments = parser.parse_args()
+    model = random_sam(arguments.size).requires_grad_(False)
+    layers = model.vision_encoder.layers
+    left_out = sum(p.numel() for p in layers[arguments.blocks :].parameters()) if arguments.blocks else 0
+    if arguments.blocks:
+        model.vision_encoder.layers = layers[: arguments.blocks]
+    del layers
+    data = random_data(1024, arguments.images, arguments.boxes)
+    settings = {"reconstruction": {"steps": arguments.steps, "decoder_steps": arguments.steps}}
+    started = time.perf_counter()
+
+    def progress(unit: int, n_units: int, name: str, step: int, n_steps: int) -> None:
+        if step == 0:
+            elapsed = time.perf_counter() - started
+            print(f"[{elapsed:6.0f} s] {peak_memory() / 2**30:5.1f} GiB  {unit + 1}/{n_units} {name}", flush=True)
+
+    carsam.quantize(
+        model, data, QuantizeConfig(settings=settings), cache_gigabytes=arguments.cache_gb, progress=progress
+    )
+    peak, rest = peak_memory() / 2**30, left_out * BYTES_PER_WEIGHT / 2**30
+    print(f"peak {peak:.1f} GiB; blocks left out would add {rest:.1f} GiB: {peak + rest:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()
