@@ -12,7 +12,8 @@ from carsam.cli import app
 # Flags for what conftest's QUICK and quick_config say.
 QUICK_FLAGS = [
     *("--n-images", "3", "--boxes-per-image", "2", "--steps", "2", "--device", "cpu"),
-    *("--set", "mac.solver=pooled", "--set", "weight_observer=min-max", "--set", "activation_observer=min-max"),
+    *("--set", "mac.solver=pooled", "--set", "mac.value=true"),
+    *("--set", "weight_observer=min-max", "--set", "activation_observer=min-max"),
 ]
 
 
