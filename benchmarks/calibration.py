@@ -76,7 +76,7 @@ def measure(name: str, model, units: list[str], steps: int, images: int, prompts
             replace_module(model, path, fresh)
         started = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            report = optimise(model, unit, data, settings, steps=steps, measure_errors=False, **optimise_only)
+            losses = optimise(model, unit, data, settings, steps=steps, **optimise_only)
         wall = time.perf_counter() - started
         share, operators = share_of_products(profiler)
         print(
@@ -84,7 +84,7 @@ def measure(name: str, model, units: list[str], steps: int, images: int, prompts
             f"| {1 - min(1, operators / wall):.0%} |",
             flush=True,
         )
-        return report
+        return losses
 
     walking.optimise = profiled
     try:

@@ -100,13 +100,29 @@ class UnitData:
 
 
 @torch.no_grad()
-def relative_errors(model: nn.Module, unit: Unit, data: UnitData, device: torch.device) -> list[float]:
-    """Σ (output − target)² / Σ (target − mean)² of every output over all images, everything quantized."""
+def relative_errors(
+    model: nn.Module,
+    unit: Unit,
+    data: UnitData,
+    device: torch.device,
+    keep: Callable[[tuple[torch.Tensor, ...]], None] | None = None,
+) -> list[float]:
+    """Σ (output − target)² / Σ (target − mean)² of every output over all images, everything quantized.
+
+    Args:
+        model: The model being quantized.
+        unit: The unit.
+        data: Its cached inputs and targets.
+        device: Where the unit runs.
+        keep: Given each image's outputs, in order; an encoder unit's are the next one's inputs.
+    """
     sums = [0.0] * len(data.variances)
     counts = [0] * len(data.variances)
     with simulate(weights=True, activations=True, drop=0.0):
         for index in range(len(data.quantized)):
             outputs = run_unit(model, unit, data.quantized.get(index, device))
+            if keep is not None:
+                keep(outputs)
             for i, (output, target) in enumerate(zip(outputs, data.batch_targets([index], device))):
                 sums[i] += (output - target).square().sum().item()
                 counts[i] += target.numel()
@@ -123,9 +139,8 @@ def optimise(
     seed: int,
     device: torch.device,
     progress: Callable[[int], None] | None = None,
-    measure_errors: bool = True,
-) -> UnitReport:
-    """Learns rounding and step sizes of one unit, then leaves both settled (weights still to be frozen).
+) -> list[tuple[int, float]]:
+    """Learns rounding and step sizes of one unit, then settles both: weights are integers afterwards.
 
     Args:
         model: The model being quantized; only the unit's modules change.
@@ -136,14 +151,11 @@ def optimise(
         seed: Of the run; the unit derives its own.
         device: Where the unit runs.
         progress: Called with the number of steps done.
-        measure_errors: Report the unit's errors before and after (a pass over all images each).
 
     Returns:
-        What happened.
+        ``(step, loss)`` points along the way.
     """
-    report = UnitReport(unit.name)
-    if measure_errors:
-        report.before = relative_errors(model, unit, data, device)
+    losses: list[tuple[int, float]] = []
     layers = [m for module in unit.modules(model) for m in module.modules() if isinstance(m, QuantizedLayer)]
     quantizers = [
         m
@@ -192,15 +204,12 @@ def optimise(
                 for optimiser in optimisers:
                     optimiser.step()
                 if step % max(1, steps // 40) == 0 or step == steps - 1:
-                    report.losses.append((step, loss.item()))
+                    losses.append((step, loss.item()))
                 if progress is not None:
                     progress(step + 1)
-        report.steps = steps if optimisers else 0
     finally:
         for quantizer in quantizers:
             quantizer.settle()
     for layer in layers:
         layer.freeze()
-    if measure_errors:
-        report.after = relative_errors(model, unit, data, device)
-    return report
+    return losses

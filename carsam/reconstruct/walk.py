@@ -128,12 +128,10 @@ class Walk:
                 self.space,
                 ({"hidden_states": run_unit(self.reference, unit, floating.get(i, device))[0]} for i in indices),
             )
-            self._unit(unit, UnitData(quantized, floating, targets, variances(targets)))
-            with simulate(weights=True, activations=True):
-                quantized = _cache(
-                    self.space,
-                    ({"hidden_states": run_unit(self.model, unit, quantized.get(i, device))[0]} for i in indices),
-                )
+            following = self.space.cache()
+            data = UnitData(quantized, floating, targets, variances(targets))
+            self._unit(unit, data, lambda outputs, cache=following: cache.append({"hidden_states": outputs[0]}))
+            quantized = following
             floating = targets
         return quantized, floating
 
@@ -164,40 +162,47 @@ class Walk:
             ),
         )
 
-    def _unit(self, unit: Unit, data: UnitData) -> None:
-        number, method = self.units.index(unit), self.method
-        settings = method.reconstruction_for(unit)
-        steps = method.steps_for(unit, self.sites)
-        self.key = fingerprint(self.key, unit.name, unit.scope, method.unit_settings(unit, self.sites))
+    def _unit(self, unit: Unit, data: UnitData, keep: Callable[[tuple[torch.Tensor, ...]], None] | None = None) -> None:
+        """Takes one unit to its integers, or finds them in the store; ``keep`` is given its outputs afterwards."""
+        number, steps = self.units.index(unit), self.method.steps_for(unit, self.sites)
+        self.key = fingerprint(self.key, unit.name, unit.scope, self.method.unit_settings(unit, self.sites))
         self.progress(number, len(self.units), unit.name, 0, steps)
         finished = self.store.load(self.key, self.model)
-        if finished is None:
+        if finished is not None:
+            if keep is not None:
+                relative_errors(self.model, unit, data, self.device, keep)
+        else:
             started = time.perf_counter()
-            self._observe(unit, data)
-
-            mac = method.prepare_unit(self.model, unit, data, self.sites, self.device)
-            if mac:
-                self._observe(unit, data)  # what follows a changed attention sees other values
-            if settings is None:
-                report = UnitReport(unit.name, before=relative_errors(self.model, unit, data, self.device))
-                for layer in quantized_layers(unit.modules(self.model)):
-                    layer.freeze()
-            else:
-                report = optimise(
-                    self.model,
-                    unit,
-                    data,
-                    settings,
-                    steps=steps,
-                    seed=self.seed,
-                    device=self.device,
-                    progress=lambda step: self.progress(number, len(self.units), unit.name, step, steps),
-                )
+            report, mac = self._quantize_unit(
+                unit, data, steps, lambda step: self.progress(number, len(self.units), unit.name, step, steps)
+            )
+            report.after = relative_errors(self.model, unit, data, self.device, keep)
             report.seconds = time.perf_counter() - started
             finished = report, mac
             self.store.save(self.key, self.model, unit, report, mac)
         self.report.units.append(finished[0])
         self.report.compensations.extend(finished[1])
+
+    def _quantize_unit(
+        self, unit: Unit, data: UnitData, steps: int, progress: Callable[[int], None]
+    ) -> tuple[UnitReport, list[MacReport]]:
+        """Ranges, preparation, reconstruction of one unit; its weights are integers afterwards."""
+        method, device = self.method, self.device
+        self._observe(unit, data)
+        mac = method.prepare_unit(self.model, unit, data, self.sites, device)
+        if mac:
+            self._observe(unit, data)  # what follows a changed attention sees other values
+        report = UnitReport(unit.name, before=relative_errors(self.model, unit, data, device))
+        settings = method.reconstruction_for(unit)
+        if settings is None:
+            for layer in quantized_layers(unit.modules(self.model)):
+                layer.freeze()
+        else:
+            report.steps = steps
+            report.losses = optimise(
+                self.model, unit, data, settings, steps=steps, seed=self.seed, device=device, progress=progress
+            )
+        return report, mac
 
     def _observe(self, unit: Unit, data: UnitData) -> None:
         """Ranges of a unit, from the quantized-so-far inputs, activations inside in floating point."""
