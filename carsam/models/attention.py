@@ -45,7 +45,8 @@ def carsam_attention(
         Output (batch, queries, heads, head_dim), and the quantized attention (batch, heads, queries, keys).
     """
     quantizers: MatMulQuantizers = module.matmul
-    scores = torch.matmul(quantizers.query(query), quantizers.key(key).transpose(-2, -1)).mul_(scaling)
+    # The scale goes to the small operand: on the scores it would be one more sweep over the largest tensor there is.
+    scores = torch.matmul(quantizers.query(query) * scaling, quantizers.key(key).transpose(-2, -1))
     if attention_mask is not None:
         scores = scores + attention_mask
     probs = quantizers.probs(scores)
@@ -84,13 +85,14 @@ class QuantizedVisionAttention(SamVisionAttention):
                 torch.einsum("bhwc,hkc->bhwk", grid, self.get_rel_pos(height, height, self.rel_pos_h)),
                 torch.einsum("bhwc,wkc->bhwk", grid, self.get_rel_pos(width, width, self.rel_pos_w)),
             )
-        query, key, value = self.matmul.query(query), self.matmul.key(key), self.matmul.value(value)
+        # The scale goes to the small operand: on the scores it is one more sweep over the largest tensor there is.
+        query, key, value = self.matmul.query(query) * self.scale, self.matmul.key(key), self.matmul.value(value)
 
         step = max(1, CHUNK_ELEMENTS // tokens**2)
         outputs = []
         for start in range(0, batch * heads, step):
             part = slice(start, start + step)
-            scores = torch.matmul(query[part], key[part].transpose(-2, -1)).mul_(self.scale)
+            scores = torch.matmul(query[part], key[part].transpose(-2, -1))
             if relative is not None:
                 # Two broadcast additions in place: the full (tokens × tokens) bias is never built.
                 grid = scores.view(-1, height, width, height, width)
