@@ -69,6 +69,12 @@ class Comparison:
         missing = [key for key in ("model", "calibration", "coco", "images", "rows") if key not in values]
         if missing:
             raise ConfigError(f"the comparison lacks {missing[0]!r}.")
+        if not isinstance(values["rows"], list) or not values["rows"]:
+            raise ConfigError(f"rows must be a list of rows with a name and a method, not {values['rows']!r}.")
+        for row in values["rows"]:
+            lacking = [key for key in ("name", "method") if not isinstance(row, dict) or key not in row]
+            if lacking:
+                raise ConfigError(f"the row {row!r} lacks {lacking[0]!r}.")
         rows = tuple(build(Row, row, "rows.") for row in values["rows"])
         values = {**values, "rows": rows, "bits": tuple(values.get("bits", ("w4a4",)))}
         values["seeds"] = tuple(values.get("seeds", (0,)))
