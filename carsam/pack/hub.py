@@ -74,9 +74,6 @@ class CarsamHfQuantizer(HfQuantizer):
         check_complete(model)
         return model
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        return super().get_new_dtype(converter, param, dtype)
-
     def is_serializable(self) -> bool:
         return True
 
