@@ -18,8 +18,8 @@ POINTS, LABELS = np.array([[270, 150], [100, 50]]), np.array([1, 0])
 
 
 @pytest.fixture(scope="module")
-def model():
-    return SamModel.from_pretrained(EMBEDDED / "sam-nano-256", dtype=torch.float32, attn_implementation="eager")
+def model(nano):
+    return nano
 
 
 @pytest.fixture(scope="module")

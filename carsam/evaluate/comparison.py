@@ -6,6 +6,8 @@ was interrupted goes on where it stopped. Only packed checkpoints are scored (ME
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import shutil
 import statistics
@@ -14,13 +16,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import SamModel
+
 from carsam.config import CalibrationConfig, QuantizeConfig, build
-from carsam.data.calibration import calibration_set
+from carsam.data.calibration import CalibrationSet, calibration_set
 from carsam.errors import ConfigError
 from carsam.evaluate.coco_metrics import evaluate_coco, save_json
 from carsam.methods.base import create
 from carsam.models.load import load_model
-from carsam.pack.checkpoint import WEIGHTS
+from carsam.pack.checkpoint import folder_size
 from carsam.pipeline import quantize
 from carsam.reconstruct.store import code_fingerprint, fingerprint, model_fingerprint
 from carsam.reconstruct.walk import Progress
@@ -160,61 +164,41 @@ def compare(
     """
     note = note or (lambda _: None)
     model = load_model(comparison.model)
-    base = (model_fingerprint(model), code_fingerprint(), asdict(comparison.calibration), comparison.coco)
+    base = (
+        model_fingerprint(model),
+        code_fingerprint(),
+        asdict(comparison.calibration),
+        comparison.coco,
+        comparison.images,
+    )
     floating = _cached(folder, fingerprint("float", base), lambda: _measure_float(model, comparison, device))
     note(f"float: {_scores(floating)}")
 
     measurements = []
     for seed in comparison.seeds:
         calibration = replace(comparison.calibration, seed=seed)
-        data = None
-        for bits in comparison.bits:
-            for row in comparison.rows:
-                settings = create(row.method, row.settings).to_dict()
-                key = fingerprint(base, settings, row.overrides, bits, seed)
-
-                def measure(
-                    row: Row = row, bits: str = bits, key: str = key, calibration: CalibrationConfig = calibration
-                ) -> dict:
-                    nonlocal data
-                    if data is None:
-                        data = calibration_set(model, **asdict(calibration))
-                    config = QuantizeConfig(row.method, row.settings, bits, row.overrides, calibration)
-                    out = folder / f"packed-{key[:8]}"
-                    result = quantize(
-                        model,
-                        data,
-                        config,
-                        out=out,
-                        device=device,
-                        overwrite=True,
-                        unit_cache=folder / "units",
-                        progress=progress,
-                    )
-                    scores = evaluate_coco(result.model, comparison.coco, comparison.images, device=device)
-                    size = (out / WEIGHTS).stat().st_size
-                    shutil.rmtree(out)
-                    found = {name: getattr(scores, name) for name in METRICS}
-                    quantization = result.to_dict()
-                    return {**found, "bytes": size, "quantization": quantization}
-
-                found = _cached(folder, key, measure)
-                note(f"{bits} {row.name}, seed {seed}: {_scores(found)}")
-                spent = found["quantization"]
-                measurements.append(
-                    Measurement(
-                        row.name,
-                        bits,
-                        seed,
-                        {name: found[name] for name in METRICS},
-                        found["bytes"],
-                        sum(unit["seconds"] for unit in spent["units"]) or spent["seconds"],
-                        spent["peak_memory_bytes"],
-                    )
+        # Read once a seed, and only where something is left to measure.
+        data = functools.cache(functools.partial(calibration_set, model, **asdict(calibration)))
+        for bits, row in itertools.product(comparison.bits, comparison.rows):
+            config = QuantizeConfig(row.method, row.settings, bits, row.overrides, calibration)
+            settings = create(row.method, row.settings).to_dict()
+            key = fingerprint(base, settings, row.overrides, bits, seed)
+            measure = functools.partial(_measure, comparison, config, model, data, folder, key, device, progress)
+            found = _cached(folder, key, measure)
+            note(f"{bits} {row.name}, seed {seed}: {_scores(found)}")
+            spent = found["quantization"]
+            measurements.append(
+                Measurement(
+                    row.name,
+                    bits,
+                    seed,
+                    {name: found[name] for name in METRICS},
+                    found["bytes"],
+                    sum(unit["seconds"] for unit in spent["units"]) or spent["seconds"],
+                    spent["peak_memory_bytes"],
                 )
-    order = {
-        (bits, row.name): i for i, (bits, row) in enumerate((b, r) for b in comparison.bits for r in comparison.rows)
-    }
+            )
+    order = {(bits, row.name): i for i, (bits, row) in enumerate(itertools.product(comparison.bits, comparison.rows))}
     measurements.sort(key=lambda m: (order[m.bits, m.row], m.seed))
     result = ComparisonResult(floating, tuple(measurements))
     save_json(result.to_dict(), folder / "result.json")
@@ -225,10 +209,42 @@ def _scores(found: dict[str, Any]) -> str:
     return f"segm AP {found['segm_ap']:.1f}, box AP {found['box_ap']:.1f}, mean IoU {found['mean_iou']:.1f}"
 
 
-def _measure_float(model: Any, comparison: Comparison, device: str) -> dict[str, Any]:
+def _measure(
+    comparison: Comparison,
+    config: QuantizeConfig,
+    model: SamModel,
+    data: Callable[[], CalibrationSet],
+    folder: Path,
+    key: str,
+    device: str,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Quantizes, packs, loads back and measures one row; the packed folder does not stay."""
+    out = folder / f"packed-{key[:8]}"
+    result = quantize(
+        model,
+        data(),
+        config,
+        out=out,
+        device=device,
+        overwrite=True,
+        unit_cache=folder / "units",
+        progress=progress,
+    )
+    scores = _metrics(result.model, comparison, device)
+    size = folder_size(out)
+    shutil.rmtree(out)
+    return {**scores, "bytes": size, "quantization": result.to_dict()}
+
+
+def _metrics(model: SamModel, comparison: Comparison, device: str) -> dict[str, float]:
     scores = evaluate_coco(model, comparison.coco, comparison.images, device=device)
+    return {name: getattr(scores, name) for name in METRICS}
+
+
+def _measure_float(model: SamModel, comparison: Comparison, device: str) -> dict[str, Any]:
     size = 2 * sum(value.numel() for value in model.parameters())
-    return {**{name: getattr(scores, name) for name in METRICS}, "bytes": size}
+    return {**_metrics(model, comparison, device), "bytes": size}
 
 
 def _cached(folder: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

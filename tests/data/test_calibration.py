@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import SamModel
 
 from carsam.data import proposals
 from carsam.data.calibration import calibration_set
@@ -30,8 +29,8 @@ COCO = EMBEDDED / "images" / "calibration" / "instances.json"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return SamModel.from_pretrained(EMBEDDED / "sam-nano-256", dtype=torch.float32, attn_implementation="eager")
+def model(nano):
+    return nano
 
 
 def test_boxes_are_the_annotated_ones(model):

@@ -13,7 +13,6 @@ import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from transformers import SamModel
 
 from carsam.data.coco import CocoInstances
 from carsam.data.transforms import Preprocessor
@@ -27,8 +26,8 @@ COCO_FILE = EMBEDDED / "images" / "evaluation" / "instances.json"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return SamModel.from_pretrained(EMBEDDED / "sam-nano-256", dtype=torch.float32, attn_implementation="eager")
+def model(nano):
+    return nano
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import SamModel
 
 from carsam.data.coco import CocoInstances
 from carsam.errors import ConfigError, DataError
@@ -22,8 +21,8 @@ COCO_FILE = EMBEDDED / "images" / "evaluation" / "instances.json"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return SamModel.from_pretrained(EMBEDDED / "sam-nano-256", dtype=torch.float32, attn_implementation="eager")
+def model(nano):
+    return nano
 
 
 @given(st.integers(1, 14), st.integers(1, 14), st.floats(0, 1), st.integers(0, 1000))
