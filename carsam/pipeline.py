@@ -60,6 +60,7 @@ class QuantizeResult:
             "skipped_images": self.skipped_images,
             "units": [asdict(unit) for unit in self.report.units],
             "compensations": [asdict(item) for item in self.report.compensations],
+            "transforms": self.report.transforms,
         }
 
 
@@ -156,7 +157,7 @@ def _quantize(
 ) -> tuple[SamModel, WalkReport]:
     """From the float model to one whose weights are all integers."""
     seed = config.calibration.seed
-    method.transform(reference, sites, data)
+    transforms = method.transform(reference, sites, data)
     model = copy.deepcopy(reference)
     prepare_model(model, sites, plan, method.quantizer_for, method.softmax_for)
     model.to(device).requires_grad_(False)
@@ -195,5 +196,6 @@ def _quantize(
         calibrate(model, data, method.activation_observer, device=device, progress=advance)
         for layer in quantized_layers([model]):
             layer.freeze()
+    report.transforms = transforms
     assert all(m.codes is not None or m.weight_bits >= 16 for m in model.modules() if isinstance(m, QuantizedLayer))
     return model, report

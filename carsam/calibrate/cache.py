@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -121,3 +122,27 @@ class CacheSpace:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
         return path
+
+
+def cached(space: CacheSpace, items: Iterable[dict[str, torch.Tensor]]) -> ActivationCache:
+    """A cache of the items, computed without gradients."""
+    cache = space.cache()
+    with torch.no_grad():
+        for item in items:
+            cache.append(item)
+    return cache
+
+
+def variances(cache: ActivationCache) -> list[float]:
+    """Variance of every tensor over all items of a cache."""
+    names = list(cache.get(0, torch.device("cpu")))
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
+    for index in range(len(cache)):
+        for name, value in cache.get(index, torch.device("cpu")).items():
+            sums[name] += torch.stack(
+                [value.sum(dtype=torch.float64), value.double().square().sum(), torch.tensor(value.numel())]
+            )
+    result = []
+    for total, square, count in (sums[name].tolist() for name in names):
+        result.append(max(square / count - (total / count) ** 2, 1e-12))
+    return result

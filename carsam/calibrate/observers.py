@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from carsam.errors import ConfigError
+from carsam.quantizers.grouped import GroupedQuantizer, group_channels
+from carsam.quantizers.hybrid import HybridQuantizer, search_hybrid
 from carsam.quantizers.simulation import simulate
+from carsam.quantizers.site import SiteQuantizer
+from carsam.quantizers.softmax import Log2Softmax, round_log2
 from carsam.quantizers.uniform import ActivationQuantizer, decode, encode, grid_from_range
 
 OBSERVERS = ("mse", "min-max", "moving-average", "percentile")
@@ -17,6 +22,8 @@ OBSERVERS = ("mse", "min-max", "moving-average", "percentile")
 SAMPLE_SIZE = 2**14
 HISTOGRAM_BINS = 2048
 PERCENTILE = 0.9999
+# Heads of one forward pass, and queries of each, whose P is kept with V to choose a granularity by P̂V.
+PROBABILITY_HEADS, PROBABILITY_ROWS = 2, 64
 
 
 class SiteRecord:
@@ -27,7 +34,7 @@ class SiteRecord:
         self.highs: list[float] = []
         self.samples: list[Tensor] = []
 
-    def update(self, values: Tensor) -> None:
+    def update(self, values: Tensor, **_: Any) -> None:
         """Takes the values of one forward pass (any shape)."""
         flat = values.detach().flatten()
         low, high = flat.aminmax()
@@ -36,6 +43,10 @@ class SiteRecord:
         # An odd stride walks through all residues of the channel count instead of seeing the same channels again.
         stride = max(1, flat.numel() // SAMPLE_SIZE) | 1
         self.samples.append(flat[::stride].to("cpu", torch.float32).clone())
+
+    def fit(self, quantizer: ActivationQuantizer, observer: str) -> None:
+        """Sets the quantizer's grid to what the observer makes of the record."""
+        quantizer.set_grid(*self.grid(quantizer.bits, observer))
 
     def grid(self, bits: int, observer: str) -> tuple[Tensor, Tensor]:
         """Step and zero point (scalars) of the site's grid.
@@ -106,24 +117,108 @@ def mse_grid(sample: Tensor, low: Tensor, high: Tensor, bits: int, *, candidates
     return grid_from_range(low * best_low, high * best_high, bits)
 
 
+class ChannelRecord:
+    """What was seen at a site with a grid per group of channels: each channel's ends, and a sample of its values."""
+
+    def __init__(self) -> None:
+        self.lows: list[Tensor] = []
+        self.highs: list[Tensor] = []
+        self.samples: list[Tensor] = []
+
+    def update(self, values: Tensor, **_: Any) -> None:
+        """Takes the values of one forward pass (..., channels)."""
+        rows = values.detach().flatten(0, -2)
+        low, high = rows.aminmax(dim=0)
+        self.lows.append(low.cpu())
+        self.highs.append(high.cpu())
+        step = max(1, rows.numel() // SAMPLE_SIZE)
+        self.samples.append(rows[::step].to("cpu", torch.float32).clone())
+
+    def fit(self, quantizer: GroupedQuantizer, observer: str) -> None:
+        """Groups channels by their ranges, and gives each group the grid that the observer makes of its values."""
+        lows, highs = torch.stack(self.lows), torch.stack(self.highs)
+        group = group_channels(lows.amin(0), highs.amax(0), quantizer.groups)
+        samples = torch.cat(self.samples)
+        grids = []
+        for index in range(quantizer.groups):
+            members = group == index
+            if not bool(members.any()):
+                grids.append(grid_from_range(torch.tensor(0.0), torch.tensor(1.0), quantizer.bits))
+                continue
+            record = SiteRecord()
+            record.lows = lows[:, members].amin(1).tolist()
+            record.highs = highs[:, members].amax(1).tolist()
+            record.samples = [samples[:, members].flatten()]
+            grids.append(record.grid(quantizer.bits, observer))
+        scales, zeros = zip(*grids)
+        quantizer.set_grid(torch.stack(scales), torch.stack(zeros), group)
+
+
+class HybridRecord(SiteRecord):
+    """What was seen at a site with a log-uniform grid."""
+
+    def fit(self, quantizer: HybridQuantizer, observer: str) -> None:
+        """Searches foot, split and top for the least squared error, whatever the observer."""
+        ends = torch.tensor(min(self.lows)), torch.tensor(max(self.highs))
+        quantizer.set_grid(*search_hybrid(torch.cat(self.samples), *ends, quantizer.bits))
+
+
+class ProbabilityRecord:
+    """What was seen at a softmax with a log2 grid: the largest probability, and some rows of P with their V."""
+
+    def __init__(self) -> None:
+        self.highs: list[float] = []
+        self.rows: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, values: Tensor, value: Tensor | None = None, **_: Any) -> None:
+        """Takes the probabilities (..., queries, keys) of one forward pass and the values (..., keys, dim)."""
+        self.highs.append(values.max().item())
+        if value is None:
+            return
+        probs, value = values.detach().flatten(0, -3), value.detach().flatten(0, -3)
+        # A few heads and rows of every pass: rows differ far more between images and heads than within one.
+        for head in range(len(self.rows) % len(probs), len(probs), max(1, len(probs) // PROBABILITY_HEADS)):
+            rows = probs[head, :: max(1, probs.shape[1] // PROBABILITY_ROWS)]
+            self.rows.append((rows.half().cpu(), value[head].half().cpu()))
+
+    def fit(self, quantizer: Log2Softmax, observer: str) -> None:
+        """The granularity with the least error of P̂V (PTQ4SAM, section 4.3); the scale is the largest probability."""
+        scale = torch.tensor(max(self.highs))
+        errors = dict.fromkeys(quantizer.TAUS, 0.0)
+        for rows, value in self.rows:
+            rows, value = rows.float(), value.float()
+            for tau in errors:
+                difference = round_log2(rows, scale, tau, quantizer.bits).sub_(rows)
+                errors[tau] += (difference @ value).square().sum().item()
+        quantizer.set_grid(scale, min(errors, key=errors.get))
+
+
+RECORDS = {
+    ActivationQuantizer: SiteRecord,
+    GroupedQuantizer: ChannelRecord,
+    HybridQuantizer: HybridRecord,
+    Log2Softmax: ProbabilityRecord,
+}
+
+
 class RangeRecorder:
     """Records the activation sites of some modules while a ``with recorder.recording()`` block runs the model."""
 
     def __init__(self, modules: list[nn.Module]):
         self.records = {
-            part: SiteRecord()
+            part: RECORDS[type(part)]()
             for module in modules
             for part in module.modules()
-            if isinstance(part, ActivationQuantizer) and part.bits < 16
+            if isinstance(part, SiteQuantizer) and part.bits < 16
         }
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Records every pass inside the block; quantizers of other modules are not touched."""
 
-        def observe(quantizer: ActivationQuantizer, values: Tensor) -> None:
+        def observe(quantizer: SiteQuantizer, values: Tensor, **context: Any) -> None:
             if quantizer in self.records:
-                self.records[quantizer].update(values)
+                self.records[quantizer].update(values, **context)
 
         with torch.no_grad(), simulate(observe=observe):
             yield
@@ -135,6 +230,6 @@ class RangeRecorder:
             RuntimeError: A site saw no value: the recorded passes did not reach it.
         """
         for quantizer, record in self.records.items():
-            if not record.lows:
+            if not record.highs:
                 raise RuntimeError("an activation site saw no value during calibration; was its module run at all?")
-            quantizer.set_grid(*record.grid(quantizer.bits, observer))
+            record.fit(quantizer, observer)

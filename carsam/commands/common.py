@@ -116,7 +116,7 @@ def float16_bytes(model: SamModel) -> int:
     from carsam.pack.layers import PackedLayer
 
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
-    grid = ("weight_scale", "weight_zero_point", "scale", "zero_point")
+    grid = ("weight_scale", "weight_zero_point", "scale", "zero_point", "group", "split", "offset", "tau")
     count = 0
     for name, value in packed_state(model).items():
         owner, _, leaf = name.rpartition(".")

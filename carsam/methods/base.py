@@ -26,6 +26,7 @@ from torch import nn
 
 from carsam.calibrate.observers import OBSERVERS
 from carsam.config import build
+from carsam.data.calibration import CalibrationSet
 from carsam.errors import ConfigError
 from carsam.models.sites import Sites
 from carsam.quantizers import SOFTMAX_GRIDS, ActivationQuantizer
@@ -40,11 +41,13 @@ class Method:
     Attributes:
         weight_observer: ``mse`` or ``min-max``.
         activation_observer: ``mse``, ``min-max``, ``moving-average`` or ``percentile``.
-        softmax: Grid of softmax outputs: ``uniform`` or ``row-max``.
+        softmax: Grid of softmax outputs: ``uniform``, ``row-max`` or ``log2``.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    # What a table must say of the method's grids where they are not uniform, per tensor.
+    notes: ClassVar[str] = ""
 
     weight_observer: str = "mse"
     activation_observer: str = "mse"
@@ -69,8 +72,9 @@ class Method:
         """Softmax with quantized output for an attention."""
         return SOFTMAX_GRIDS[self.softmax](bits)
 
-    def transform(self, model: nn.Module, sites: Sites, statistics: Any) -> None:
-        """Changes the float model in place before it is quantized."""
+    def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
+        """Changes the float model in place before it is quantized; returns reports, plain mappings."""
+        return []
 
     def units(self, sites: Sites) -> list[Unit]:
         """Units in execution order, covering every site; none means nearest rounding with observed ranges."""

@@ -49,8 +49,9 @@ def carsam_attention(
     scores = torch.matmul(quantizers.query(query) * scaling, quantizers.key(key).transpose(-2, -1))
     if attention_mask is not None:
         scores = scores + attention_mask
-    probs = quantizers.probs(scores)
-    output = torch.matmul(probs, quantizers.value(value))
+    value = quantizers.value(value)
+    probs = quantizers.probs(scores, value=value)
+    output = torch.matmul(probs, value)
     return output.transpose(1, 2).contiguous(), probs
 
 
@@ -97,7 +98,7 @@ class QuantizedVisionAttention(SamVisionAttention):
                 # Two broadcast additions in place: the full (tokens × tokens) bias is never built.
                 grid = scores.view(-1, height, width, height, width)
                 grid.add_(relative[0][part][..., :, None]).add_(relative[1][part][..., None, :])
-            outputs.append(torch.matmul(self.matmul.probs(scores), value[part]))
+            outputs.append(torch.matmul(self.matmul.probs(scores, value=value[part]), value[part]))
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         output = output.reshape(batch, heads, height, width, -1).permute(0, 2, 3, 1, 4)
         return self.proj(output.reshape(batch, height, width, -1)), None

@@ -27,11 +27,11 @@ from carsam.pack.hub import METHOD, CarsamQuantizationConfig
 from carsam.pack.layout import describe
 
 WEIGHTS, CONFIG, RECIPE, CHECKSUMS = "model.safetensors", "config.json", "recipe.yaml", "SHA256SUMS"
-KEEP_FLOAT32 = (".scale", ".weight_scale")
+KEEP_FLOAT32 = (".scale", ".weight_scale", ".split", ".offset")
 
 
 def packed_state(model: SamModel) -> dict[str, torch.Tensor]:
-    """The tensors of the file: bytes and zero points as they are, scales in FP32, the rest in FP16.
+    """The tensors of the file: bytes and zero points as they are, grids in FP32, the rest in FP16.
 
     Scales stay in FP32: in FP16 those of small weights would be subnormal, and they are a thousandth of the file.
     """

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from carsam.errors import CheckpointError
 from carsam.pack.layers import PackedLayer
 from carsam.pack.layout import FORMAT_VERSION, build_packed
-from carsam.quantizers import ActivationQuantizer
+from carsam.quantizers import SiteQuantizer
 
 METHOD = "carsam"
 
@@ -121,7 +121,7 @@ def check_complete(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, PackedLayer):
             scale = module.weight_scale
-        elif isinstance(module, ActivationQuantizer) and module.bits < 16:
+        elif isinstance(module, SiteQuantizer) and module.bits < 16:
             scale = module.scale
         else:
             continue

@@ -16,10 +16,9 @@ from carsam.models.attention import MatMulQuantizers
 from carsam.models.prepare import attach_attention
 from carsam.models.sites import OPERANDS, Sites, find_sites, replace_module
 from carsam.pack.layers import PackedLayer
-from carsam.quantizers import SOFTMAX_GRIDS, ActivationQuantizer, QuantizedLayer
+from carsam.quantizers import ACTIVATION_GRIDS, SOFTMAX_GRIDS, QuantizedLayer, SiteQuantizer
 
 FORMAT_VERSION = 1
-ACTIVATION_GRIDS = {ActivationQuantizer.grid: ActivationQuantizer}
 
 
 def describe(model: SamModel, sites: Sites) -> dict[str, Any]:
@@ -27,22 +26,18 @@ def describe(model: SamModel, sites: Sites) -> dict[str, Any]:
 
     Returns:
         ``{"layers": {path: {"weight": bits, "input": grid}}, "attentions": {path: {operand: grid}}}`` where a grid is
-        ``{"grid": name, "bits": bits}``.
+        ``{"grid": name, "bits": bits}``, with what else builds its quantizer again.
     """
     layers = {}
     for site in sites.linears:
         layer = model.get_submodule(site.name)
         if isinstance(layer, (QuantizedLayer, PackedLayer)):
-            layers[site.name] = {"weight": layer.weight_bits, "input": _grid(layer.input_quantizer)}
+            layers[site.name] = {"weight": layer.weight_bits, "input": layer.input_quantizer.spec()}
     attentions = {}
     for site in sites.attentions:
         matmul = model.get_submodule(site.name).matmul
-        attentions[site.name] = {which: _grid(getattr(matmul, which)) for which in OPERANDS}
+        attentions[site.name] = {which: getattr(matmul, which).spec() for which in OPERANDS}
     return {"layers": layers, "attentions": attentions}
-
-
-def _grid(quantizer: nn.Module) -> dict[str, Any]:
-    return {"grid": quantizer.grid, "bits": quantizer.bits}
 
 
 def _build(spec: dict[str, Any], grids: dict[str, type[nn.Module]]) -> nn.Module:
@@ -51,7 +46,13 @@ def _build(spec: dict[str, Any], grids: dict[str, type[nn.Module]]) -> nn.Module
             f"the packed model uses the grid {spec['grid']!r}, which this version of carsam does not know "
             f"(it knows {', '.join(grids)}); install a newer carsam."
         )
-    return grids[spec["grid"]](spec["bits"], always=True)
+    arguments = {name: value for name, value in spec.items() if name != "grid"}
+    try:
+        return grids[spec["grid"]](**arguments, always=True)
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"config.json describes the grid {spec} wrongly: {error}; get it again."
+        ) from None
 
 
 def build_packed(model: SamModel, layout: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ def pack(model: SamModel, sites: Sites) -> SamModel:
             replace_module(model, site.name, PackedLayer.from_quantized(layer))
     for module in model.modules():
         if hasattr(module, "always"):
-            if isinstance(module, ActivationQuantizer) and not module.is_calibrated:
+            if isinstance(module, SiteQuantizer) and not module.is_calibrated:
                 raise RuntimeError("an activation quantizer has no range yet; did you run calibration first?")
             module.always = True
     return model

@@ -12,7 +12,7 @@ from torch import nn
 
 from carsam.calibrate.cache import ActivationCache
 from carsam.errors import ConfigError
-from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
+from carsam.quantizers import QuantizedLayer, SiteQuantizer, simulate
 from carsam.quantizers.simulation import keep_mask
 from carsam.reconstruct.losses import relative_loss
 from carsam.reconstruct.units import Unit, run_unit
@@ -36,6 +36,7 @@ class ReconstructionSettings:
         relative_scales: The rate is relative to the step (its logarithm is learned); absolute as in PTQ4SAM otherwise.
         drop: QDrop's probability that an activation element stays in floating point; also the share of the unit's
             input taken from the float model. 0 is BRECQ.
+        per_layer: Learn one layer at a time from its own input and output (AdaRound) instead of the unit as a whole.
         drop_probs: Whether softmax outputs are dropped as well. Their error at 4 bits is not noise that averages out: a
             broad row rounds to zero as a whole, so a unit trained on half-dropped rows meets rows of half the sum.
     """
@@ -52,6 +53,7 @@ class ReconstructionSettings:
     relative_scales: bool = True
     drop: float = 0.5
     drop_probs: bool = True
+    per_layer: bool = False
 
     def __post_init__(self):
         if self.steps < 0 or self.decoder_steps < 0 or self.images_per_step < 1:
@@ -158,10 +160,7 @@ def optimise(
     losses: list[tuple[int, float]] = []
     layers = [m for module in unit.modules(model) for m in module.modules() if isinstance(m, QuantizedLayer)]
     quantizers = [
-        m
-        for module in unit.modules(model)
-        for m in module.modules()
-        if isinstance(m, ActivationQuantizer) and m.bits < 16
+        m for module in unit.modules(model) for m in module.modules() if isinstance(m, SiteQuantizer) and m.bits < 16
     ]
     alphas = [layer.learn_rounding() for layer in layers] if settings.learn_rounding else []
     alphas = [alpha for alpha in alphas if alpha is not None]

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from carsam.errors import CarsamError
-from carsam.quantizers import ActivationQuantizer, QuantizedLayer
+from carsam.quantizers import QuantizedLayer, SiteQuantizer
 from carsam.reconstruct.optimize import UnitReport
 from carsam.reconstruct.units import Unit
 from carsam.transform.mac import MacReport
@@ -68,9 +68,8 @@ def unit_state(model: nn.Module, unit: Unit) -> dict[str, torch.Tensor]:
                     state[f"{name}.weight_zero_point"] = module.weight_zero_point
                 if module.bias is not None:
                     state[f"{name}.bias"] = module.bias.detach()
-            elif isinstance(module, ActivationQuantizer) and module.bits < 16:
-                state[f"{name}.scale"] = module.scale
-                state[f"{name}.zero_point"] = module.zero_point
+            elif isinstance(module, SiteQuantizer):
+                state.update({f"{name}.{key}": value for key, value in module.named_buffers(recurse=False)})
     return {name: value.cpu().contiguous() for name, value in state.items()}
 
 
@@ -78,15 +77,23 @@ def unit_state(model: nn.Module, unit: Unit) -> dict[str, torch.Tensor]:
 def load_unit_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Puts back what :func:`unit_state` returned."""
     modules = dict(model.named_modules())
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in state.items():
         path, _, kind = name.rpartition(".")
+        parts.setdefault(path, {})[kind] = value
+    for path, values in parts.items():
         module = modules[path]
-        if kind == "codes":
-            device = module.weight.device
-            scale, zero = state[f"{path}.weight_scale"].to(device), state[f"{path}.weight_zero_point"].to(device)
-            module.set_codes(value.to(device), scale, zero)
-        elif kind in ("weight", "bias", "scale", "zero_point"):
-            getattr(module, kind).copy_(value)
+        if isinstance(module, SiteQuantizer):
+            module.load_grid(values)
+            continue
+        device = module.weight.device
+        if "codes" in values:
+            grid = (values["codes"], values["weight_scale"], values["weight_zero_point"])
+            module.set_codes(*(value.to(device) for value in grid))
+        else:
+            module.weight.copy_(values["weight"])
+        if "bias" in values:
+            module.bias.copy_(values["bias"])
 
 
 class UnitStore:

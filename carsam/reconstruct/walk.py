@@ -8,19 +8,21 @@ the unit; the decoder is small enough to be run up to each of its units.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import SamModel
 
-from carsam.calibrate.cache import ActivationCache, CacheSpace
+from carsam.calibrate.cache import ActivationCache, CacheSpace, cached, variances
 from carsam.calibrate.observers import RangeRecorder
 from carsam.data.calibration import CalibrationSet
 from carsam.methods.base import Method
 from carsam.models.sites import Sites
 from carsam.quantizers import QuantizedLayer, simulate
+from carsam.reconstruct.layerwise import optimise_layers
 from carsam.reconstruct.optimize import UnitData, UnitReport, optimise, relative_errors
 from carsam.reconstruct.store import UnitStore, fingerprint
 from carsam.reconstruct.units import (
@@ -42,33 +44,11 @@ Progress = Callable[[int, int, str, int, int], None]
 
 @dataclass
 class WalkReport:
-    """Reports of all units and compensations, in order."""
+    """Reports of all units, compensations and transforms, in order."""
 
     units: list[UnitReport] = field(default_factory=list)
     compensations: list[MacReport] = field(default_factory=list)
-
-
-def _cache(space: CacheSpace, items: Iterable[dict[str, torch.Tensor]]) -> ActivationCache:
-    cache = space.cache()
-    with torch.no_grad():
-        for item in items:
-            cache.append(item)
-    return cache
-
-
-def variances(cache: ActivationCache) -> list[float]:
-    """Variance of every tensor over all items of a cache."""
-    names = list(cache.get(0, torch.device("cpu")))
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
-    for index in range(len(cache)):
-        for name, value in cache.get(index, torch.device("cpu")).items():
-            sums[name] += torch.stack(
-                [value.sum(dtype=torch.float64), value.double().square().sum(), torch.tensor(value.numel())]
-            )
-    result = []
-    for total, square, count in (sums[name].tolist() for name in names):
-        result.append(max(square / count - (total / count) ** 2, 1e-12))
-    return result
+    transforms: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Walk:
@@ -119,12 +99,12 @@ class Walk:
     def _encoder(self) -> tuple[ActivationCache, ActivationCache]:
         device = self.device
         pixels = (image.pixel_values.to(device) for image in self.data.images)
-        floating = quantized = _cache(
+        floating = quantized = cached(
             self.space, ({"hidden_states": first_stage_input(self.reference, value)} for value in pixels)
         )
         indices = range(len(self.data.images))
         for unit in [unit for unit in self.units if not self.sites.in_decoder(unit.stage)]:
-            targets = _cache(
+            targets = cached(
                 self.space,
                 ({"hidden_states": run_unit(self.reference, unit, floating.get(i, device))[0]} for i in indices),
             )
@@ -154,7 +134,7 @@ class Walk:
                 streams[1].advance(stage)
 
     def _outputs(self, model: SamModel, unit: Unit, inputs: ActivationCache) -> ActivationCache:
-        return _cache(
+        return cached(
             self.space,
             (
                 {f"output_{i}": value for i, value in enumerate(run_unit(model, unit, inputs.get(index, self.device)))}
@@ -199,9 +179,12 @@ class Walk:
                 layer.freeze()
         else:
             report.steps = steps
-            report.losses = optimise(
-                self.model, unit, data, settings, steps=steps, seed=self.seed, device=device, progress=progress
-            )
+            options = {"steps": steps, "seed": self.seed, "device": device, "progress": progress}
+            if settings.per_layer:
+                layers = optimise_layers(self.model, self.reference, unit, data, settings, space=self.space, **options)
+                report.steps, report.losses = steps * len(layers), [point for losses in layers for point in losses]
+            else:
+                report.losses = optimise(self.model, unit, data, settings, **options)
         return report, mac
 
     def _observe(self, unit: Unit, data: UnitData) -> None:
@@ -231,7 +214,7 @@ class _Stream:
             arguments = decoder_input(model, embedding, walk.data.images[index].boxes.to(walk.device))
             return arguments if whole else first_block_inputs(model, walk.sites, arguments)
 
-        self.inputs = _cache(walk.space, (first(index) for index in range(len(embeddings))))
+        self.inputs = cached(walk.space, (first(index) for index in range(len(embeddings))))
 
     def unit_inputs(self, unit: Unit) -> ActivationCache:
         """The inputs with which the stage reaches a unit in it."""
@@ -242,7 +225,7 @@ class _Stream:
             inputs = self.inputs.get(index, self.walk.device)
             return capture_unit(self.model, unit, lambda: run_module(self.model, unit.stage, inputs))
 
-        return _cache(self.walk.space, (capture(index) for index in range(len(self.inputs))))
+        return cached(self.walk.space, (capture(index) for index in range(len(self.inputs))))
 
     def advance(self, stage: str) -> None:
         """Goes on to the stage behind ``stage``."""
@@ -251,7 +234,7 @@ class _Stream:
             inputs = self.inputs.get(index, self.walk.device)
             return next_stage_inputs(self.walk.sites, stage, inputs, run_module(self.model, stage, inputs))
 
-        self.inputs = _cache(self.walk.space, (following(index) for index in range(len(self.inputs))))
+        self.inputs = cached(self.walk.space, (following(index) for index in range(len(self.inputs))))
 
 
 def quantized_layers(modules: list[nn.Module]) -> list[QuantizedLayer]:

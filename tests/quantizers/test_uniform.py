@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from carsam.quantizers import ActivationQuantizer, RowMaximumSoftmax, UniformSoftmax, current, simulate
 from carsam.quantizers.simulation import keep_mask
-from carsam.quantizers.uniform import FakeQuantize, decode, encode, grid_from_range, qmax
+from carsam.quantizers.site import FakeQuantize
+from carsam.quantizers.uniform import decode, encode, grid_from_range, qmax
 
 ranges = st.tuples(st.floats(-50, 50), st.floats(-50, 50)).map(sorted)
 
@@ -41,9 +42,11 @@ def test_gradients_are_those_of_the_composed_operations(masked):
     generator = torch.Generator().manual_seed(0)
     x = (2 * torch.randn(2000, generator=generator)).requires_grad_()
     scale = torch.tensor(0.3, requires_grad=True)
+    quantizer = ActivationQuantizer(4)
+    quantizer.set_grid(scale.detach(), torch.tensor(5))
     mask = torch.rand(2000, generator=generator) > 0.5 if masked else None
     grad = torch.randn(2000, generator=generator)
-    out = FakeQuantize.apply(x, scale, -5.0, 10.0, mask)
+    out = FakeQuantize.apply(x, scale, quantizer, mask)
     out.backward(grad)
 
     x2, scale2 = x.detach().clone().requires_grad_(), scale.detach().clone().requires_grad_()

@@ -1,0 +1,50 @@
+"""AHCPTQ (ICCV 2025, arXiv 2503.03088): Hybrid Log-Uniform Quantization and Channel-Aware Grouping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from carsam.errors import ConfigError
+from carsam.methods.qdrop import QDrop
+from carsam.models.sites import Sites
+from carsam.quantizers import GroupedQuantizer, HybridQuantizer
+from carsam.reconstruct.units import Unit
+
+# Inputs of attentions' projections and of MLPs' first layers; inputs of MLPs' second layers.
+GROUPED = (".qkv.input", ".q_proj.input", ".k_proj.input", ".v_proj.input", ".mlp.lin1.input")
+HYBRID = (".mlp.lin2.input",)
+
+
+@dataclass(frozen=True)
+class AhcPtq(QDrop):
+    """QDrop's reconstruction with a hybrid grid behind activations and grids per group of channels behind norms.
+
+    Attributes:
+        hybrid: HLUQ on the inputs of MLPs' second layers.
+        groups: Channel groups of CAG; 1 leaves it out.
+    """
+
+    name: ClassVar[str] = "ahcptq"
+    summary: ClassVar[str] = "HLUQ and CAG with QDrop's reconstruction"
+    notes: ClassVar[str] = "MLP inputs log-uniform; projections per group of input channels"
+
+    hybrid: bool = True
+    groups: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.groups <= 255:
+            raise ConfigError(f"groups must lie in 1 to 255, not {self.groups}.")
+
+    def quantizer_for(self, site: str, bits: int) -> nn.Module:
+        if self.hybrid and site.endswith(HYBRID):
+            return HybridQuantizer(bits)
+        if self.groups > 1 and site.endswith(GROUPED):
+            return GroupedQuantizer(bits, groups=self.groups)
+        return super().quantizer_for(site, bits)
+
+    def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
+        return {**super().unit_settings(unit, sites), "hybrid": self.hybrid, "groups": self.groups}

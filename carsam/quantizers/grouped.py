@@ -1,0 +1,102 @@
+"""CAG, Channel-Aware Grouping (AHCPTQ, ICCV 2025, arXiv 2503.03088): one uniform grid per group of input channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carsam.quantizers.site import SiteQuantizer
+from carsam.quantizers.uniform import qmax
+
+GROUPS = 4
+
+
+class GroupedQuantizer(SiteQuantizer):
+    """Uniform quantizer with one step and zero point per group of channels (the last dimension).
+
+    Finer than one grid per tensor: a matrix product then sums over groups with different steps, so rows of a table
+    that use it say so.
+
+    Buffers: ``scale`` (groups,) float32, ``zero_point`` (groups,) uint8, ``group`` (channels,) uint8, each channel's
+    group.
+
+    Args:
+        bits: Bits of a code.
+        always: Quantize regardless of the simulation.
+        groups: Number of groups.
+        channels: Channels of the site where known (a packed model); calibration finds them otherwise.
+    """
+
+    grid = "grouped"
+
+    def __init__(self, bits: int, *, always: bool = False, groups: int = GROUPS, channels: int = 0):
+        super().__init__(bits, always=always)
+        self.groups = groups
+        if bits < 16:
+            self.register_buffer("scale", torch.full((groups,), float("nan")))
+            self.register_buffer("zero_point", torch.zeros(groups, dtype=torch.uint8))
+            self.register_buffer("group", torch.zeros(channels, dtype=torch.uint8))
+
+    def spec(self) -> dict[str, Any]:
+        extra = {"groups": self.groups, "channels": self.group.numel()} if self.bits < 16 else {}
+        return {**super().spec(), **extra}
+
+    def set_grid(self, scale: Tensor, zero_point: Tensor, group: Tensor) -> None:
+        """Sets the groups' steps and zero points, (groups,) each, and the channels' groups, (channels,)."""
+        self.load_grid(
+            {"scale": scale, "zero_point": zero_point.to(torch.uint8), "group": group.to(torch.uint8)},
+        )
+
+    def step_along(self, x: Tensor) -> Tensor:
+        # By autograd, the gradient of a group's step is the sum of its channels'.
+        return self.step().index_select(0, self.group.int())
+
+    def _zeros(self) -> Tensor:
+        return self.zero_point.float().index_select(0, self.group.int())
+
+    def round(self, x: Tensor, scale: Tensor) -> Tensor:
+        zeros = self._zeros()
+        return (x / scale).round_().add_(zeros).clamp_(0, qmax(self.bits)).sub_(zeros).mul_(scale)
+
+    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float, float]:
+        return (x / scale).add_(self._zeros()), -0.5, qmax(self.bits) + 0.5
+
+    def encode(self, x: Tensor) -> Tensor:
+        codes = (x / self.step_along(x)).round_().add_(self._zeros()).clamp_(0, qmax(self.bits))
+        return codes.to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return (codes.float() - self._zeros()) * self.step_along(codes)
+
+
+def group_channels(low: Tensor, high: Tensor, groups: int, *, rounds: int = 50) -> Tensor:
+    """Clusters channels by their ranges: k-means over (low, high), started from evenly spaced ranks of the width.
+
+    Args:
+        low, high: (channels,) ends of each channel's range.
+        groups: Number of clusters.
+        rounds: Most rounds of k-means.
+
+    Returns:
+        (channels,) cluster of each channel, int64. Clusters may be empty where channels are fewer than clusters or
+        alike.
+    """
+    points = torch.stack([low, high], dim=1).double()
+    points = points / points.abs().max().clamp(min=1e-30)
+    ranked = (high - low).argsort(stable=True)
+    ranks = (torch.arange(groups, dtype=torch.float64) + 0.5) / groups * (len(ranked) - 1)
+    centres = points[ranked[ranks.round().long()]]
+    cluster = torch.zeros(len(points), dtype=torch.int64)
+    for _ in range(rounds):
+        cluster = torch.cdist(points, centres).argmin(1)
+        moved = centres.clone()
+        for index in range(groups):
+            members = points[cluster == index]
+            if len(members):
+                moved[index] = members.mean(0)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return cluster
