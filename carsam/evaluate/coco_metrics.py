@@ -23,6 +23,7 @@ from transformers import SamModel
 from carsam.data.coco import CocoImage, CocoInstances, Detection, Rle, clip_boxes, load_detections, xywh_to_xyxy
 from carsam.data.transforms import Geometry, Preprocessor
 from carsam.errors import ConfigError, DataError, DeviceError
+from carsam.models.load import resolve_device
 from carsam.predictor import encode_image, predict_logits
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ def evaluating(model: SamModel, device: str | torch.device | None = None) -> Ite
     """
     home, training = model.device, model.training
     try:
-        target = home if device is None else torch.device(device)
+        target = home if device is None else resolve_device(device)
         if target != home:
             model.to(target)
     except (RuntimeError, AssertionError) as error:
