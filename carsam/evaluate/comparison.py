@@ -2,6 +2,10 @@
 
 Rows share what they have in common (finished units are cached by everything that decides them), and a comparison that
 was interrupted goes on where it stopped. Only packed checkpoints are scored (METHOD.md, 11).
+
+Processes may share a work folder, say one for each seed: every file in it appears whole, under a name that says what
+it holds, so what one has finished the others read. ``result.json`` and ``table.md`` are those of the last to end; run
+the whole recipe once more to gather everything.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import shutil
 import statistics
 from collections.abc import Callable
@@ -30,6 +35,7 @@ from carsam.reconstruct.store import code_fingerprint, fingerprint, model_finger
 from carsam.reconstruct.walk import Progress
 
 METRICS = ("segm_ap", "box_ap", "mean_iou")
+FLOAT = "float"
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Published:
+    """A number from a paper, for a table of its own: other weights, data and code than those measured here.
+
+    Attributes:
+        name: As the row's.
+        bits: ``w4a4``, or ``float``.
+        segm_ap: COCO AP of the masks, in percent.
+        source: The paper.
+        model: What it was measured on.
+    """
+
+    name: str
+    bits: str
+    segm_ap: float
+    source: str
+    model: str = "SAM-B"
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A whole table.
 
@@ -53,6 +78,7 @@ class Comparison:
         rows: Methods.
         bits: Bit-widths.
         seeds: Seeds.
+        published: Numbers from papers to print below the table.
     """
 
     model: str
@@ -62,6 +88,7 @@ class Comparison:
     rows: tuple[Row, ...]
     bits: tuple[str, ...] = ("w4a4",)
     seeds: tuple[int, ...] = (0,)
+    published: tuple[Published, ...] = ()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Comparison:
@@ -73,26 +100,47 @@ class Comparison:
         missing = [key for key in ("model", "calibration", "coco", "images", "rows") if key not in values]
         if missing:
             raise ConfigError(f"the comparison lacks {missing[0]!r}.")
-        if not isinstance(values["rows"], list) or not values["rows"]:
-            raise ConfigError(f"rows must be a list of rows with a name and a method, not {values['rows']!r}.")
-        for row in values["rows"]:
-            lacking = [key for key in ("name", "method") if not isinstance(row, dict) or key not in row]
-            if lacking:
-                raise ConfigError(f"the row {row!r} lacks {lacking[0]!r}.")
-        rows = tuple(build(Row, row, "rows.") for row in values["rows"])
-        values = {**values, "rows": rows, "bits": tuple(values.get("bits", ("w4a4",)))}
+        rows = _listed(Row, values["rows"], "rows", ("name", "method"))
+        if not rows:
+            raise ConfigError("rows must hold at least one row with a name and a method.")
+        published = _listed(Published, values.get("published", []), "published", ("name", "bits", "segm_ap", "source"))
+        values = {**values, "rows": rows, "published": published, "bits": tuple(values.get("bits", ("w4a4",)))}
         values["seeds"] = tuple(values.get("seeds", (0,)))
         comparison = build(cls, values)
         for row in rows:
             create(row.method, row.settings)
-        for bits in comparison.bits:
+        for bits in (*comparison.bits, *(p.bits for p in published if p.bits != FLOAT)):
             QuantizeConfig(bits=bits).bit_plan()
         return comparison
 
 
+def _listed(kind: type, entries: Any, where: str, needed: tuple[str, ...]) -> tuple[Any, ...]:
+    """Settings dataclasses from a recipe's list of mappings.
+
+    Raises:
+        ConfigError: It is no list of mappings, or a key is missing or unknown.
+    """
+    if not isinstance(entries, (list, tuple)):
+        raise ConfigError(f"{where} must be a list whose entries have {', '.join(needed)}, not {entries!r}.")
+    for entry in entries:
+        lacking = [key for key in needed if not isinstance(entry, dict) or key not in entry]
+        if lacking:
+            raise ConfigError(f"the entry {entry!r} of {where} lacks {lacking[0]!r}.")
+    return tuple(build(kind, entry, f"{where}.") for entry in entries)
+
+
 @dataclass(frozen=True)
 class Measurement:
-    """One packed model measured."""
+    """One packed model measured.
+
+    Attributes:
+        row, bits, seed: What it is.
+        scores: By name, in percent.
+        bytes: Of the weights file.
+        seconds: Of calibration and reconstruction, also where units came from the cache.
+        peak_memory: In bytes.
+        notes: What sets the method's grids apart from a uniform one per tensor.
+    """
 
     row: str
     bits: str
@@ -101,18 +149,24 @@ class Measurement:
     bytes: int
     seconds: float
     peak_memory: int
+    notes: str = ""
 
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """All measurements of a comparison, the float model first."""
+    """All measurements of a comparison, the float model first, and what papers say."""
 
     floating: dict[str, float]
     measurements: tuple[Measurement, ...]
+    published: tuple[Published, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mappings, for JSON."""
-        return {"float": self.floating, "measurements": [asdict(m) for m in self.measurements]}
+        return {
+            "float": self.floating,
+            "measurements": [asdict(m) for m in self.measurements],
+            "published": [asdict(p) for p in self.published],
+        }
 
     def groups(self) -> dict[tuple[str, str], list[Measurement]]:
         """Measurements by (bits, row), over seeds, in order."""
@@ -122,18 +176,32 @@ class ComparisonResult:
         return groups
 
     def to_markdown(self) -> str:
-        """A table: mean ± spread (half the range) over seeds."""
-        floating = " | ".join(f"{self.floating[key]:.1f}" for key in METRICS)
-        lines = [
-            "| bits | row | segm AP | box AP | mean IoU | file | calibration |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-            f"| float | | {floating} | {self.floating['bytes'] / 1e6:.1f} MB | |",
-        ]
+        """A table: mean ± spread (half the range) over seeds; published numbers in tables of their own below."""
+        rows = [["bits", "row", "segm AP", "box AP", "mean IoU", "file", "calibration", "notes"]]
+        floating = [f"{self.floating[key]:.1f}" for key in METRICS]
+        rows.append([FLOAT, "", *floating, f"{self.floating['bytes'] / 1e6:.1f} MB", "", ""])
         for (bits, row), group in self.groups().items():
-            scores = " | ".join(mean_and_spread([m.scores[key] for m in group]) for key in METRICS)
+            scores = [mean_and_spread([m.scores[key] for m in group]) for key in METRICS]
             seconds = statistics.median(m.seconds for m in group)
-            lines.append(f"| {bits.upper()} | {row} | {scores} | {group[0].bytes / 1e6:.1f} MB | {seconds:.0f} s |")
-        return "\n".join(lines)
+            size = f"{group[0].bytes / 1e6:.1f} MB"
+            rows.append([bits.upper(), row, *scores, size, f"{seconds:.0f} s", group[0].notes])
+        if not any(m.notes for m in self.measurements):
+            rows = [row[:-1] for row in rows]
+        tables = [_table(rows)]
+        for model in dict.fromkeys(p.model for p in self.published):
+            rows = [["bits", "row", "segm AP", "source"]]
+            for p in self.published:
+                if p.model == model:
+                    bits, name = (FLOAT, "") if p.bits == FLOAT else (p.bits.upper(), p.name)
+                    rows.append([bits, name, f"{p.segm_ap:.1f}", p.source])
+            tables += [f"published, {model}", _table(rows)]
+        return "\n\n".join(tables)
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Markdown of some rows, the first of which is the head."""
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -154,13 +222,14 @@ def compare(
 
     Args:
         comparison: Rows, bits, seeds and data.
-        folder: Work folder: ``units/`` (shared units), ``rows/`` (one JSON per measurement), ``result.json``.
+        folder: Work folder: ``units/`` (shared units), ``rows/`` (one JSON per measurement), ``result.json``,
+            ``table.md``.
         device: Where to run.
         note: Told a line per measurement.
         progress: Of each quantization.
 
     Returns:
-        All measurements; also in ``folder/result.json``.
+        All measurements; also in ``folder/result.json``, and as a table in ``folder/table.md``.
     """
     note = note or (lambda _: None)
     model = load_model(comparison.model)
@@ -181,8 +250,8 @@ def compare(
         data = functools.cache(functools.partial(calibration_set, model, **asdict(calibration)))
         for bits, row in itertools.product(comparison.bits, comparison.rows):
             config = QuantizeConfig(row.method, row.settings, bits, row.overrides, calibration)
-            settings = create(row.method, row.settings).to_dict()
-            key = fingerprint(base, settings, row.overrides, bits, seed)
+            method = create(row.method, row.settings)
+            key = fingerprint(base, row.method, method.to_dict(), row.overrides, bits, seed)
             measure = functools.partial(_measure, comparison, config, model, data, folder, key, device, progress)
             found = _cached(folder, key, measure)
             note(f"{bits} {row.name}, seed {seed}: {_scores(found)}")
@@ -196,13 +265,25 @@ def compare(
                     found["bytes"],
                     sum(unit["seconds"] for unit in spent["units"]) or spent["seconds"],
                     spent["peak_memory_bytes"],
+                    getattr(method, "notes", ""),
                 )
             )
     order = {(bits, row.name): i for i, (bits, row) in enumerate(itertools.product(comparison.bits, comparison.rows))}
     measurements.sort(key=lambda m: (order[m.bits, m.row], m.seed))
-    result = ComparisonResult(floating, tuple(measurements))
+    result = ComparisonResult(floating, tuple(measurements), comparison.published)
     save_json(result.to_dict(), folder / "result.json")
+    save_text(result.to_markdown() + "\n", folder / "table.md")
     return result
+
+
+def save_text(text: str, path: Path) -> None:
+    """Writes a file; what was there is replaced at once or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _scores(found: dict[str, Any]) -> str:
@@ -220,20 +301,23 @@ def _measure(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Quantizes, packs, loads back and measures one row; the packed folder does not stay."""
-    out = folder / f"packed-{key[:8]}"
-    result = quantize(
-        model,
-        data(),
-        config,
-        out=out,
-        device=device,
-        overwrite=True,
-        unit_cache=folder / "units",
-        progress=progress,
-    )
-    scores = _metrics(result.model, comparison, device)
-    size = folder_size(out)
-    shutil.rmtree(out)
+    # With the process in its name: another one may be at the same row.
+    out = folder / f"packed-{key[:8]}-{os.getpid()}"
+    try:
+        result = quantize(
+            model,
+            data(),
+            config,
+            out=out,
+            device=device,
+            overwrite=True,
+            unit_cache=folder / "units",
+            progress=progress,
+        )
+        scores = _metrics(result.model, comparison, device)
+        size = folder_size(out)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
     return {**scores, "bytes": size, "quantization": result.to_dict()}
 
 

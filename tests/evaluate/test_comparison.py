@@ -1,13 +1,28 @@
 """The comparison: rows, caching, the table."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from carsam.config import CalibrationConfig
 from carsam.errors import ConfigError
 from carsam.evaluate import comparison as module
-from carsam.evaluate.comparison import Comparison, ComparisonResult, Measurement, compare, mean_and_spread
+from carsam.evaluate.comparison import (
+    Comparison,
+    ComparisonResult,
+    Measurement,
+    Published,
+    compare,
+    mean_and_spread,
+)
+from carsam.methods.rtn import Rtn
+
+PUBLISHED = {"name": "CAR-SAM", "bits": "w4a4", "segm_ap": 39.3, "source": "arXiv 2605.16901"}
 
 
 @pytest.fixture
@@ -40,6 +55,7 @@ def test_a_comparison_measures_packed_models_once(recipe, tmp_path, monkeypatch)
     assert fine.bytes > coarse.bytes and fine.scores["mean_iou"] > coarse.scores["mean_iou"]
     assert result.floating["mean_iou"] >= fine.scores["mean_iou"] - 2
     assert not list(tmp_path.glob("packed*")), "packed models are not left behind"
+    assert (tmp_path / "table.md").read_text() == result.to_markdown() + "\n"
 
     def never(*_args, **_kwargs):
         raise AssertionError("quantized again")
@@ -61,6 +77,12 @@ def test_a_comparison_measures_packed_models_once(recipe, tmp_path, monkeypatch)
         ({"rows": [{"name": "x", "method": "rtn", "settings": {"steps": 1}}]}, "unknown setting"),
         ({"bits": ["w4"]}, "cannot read the bits"),
         ({"seed": 1}, "unknown setting"),
+        ({"rows": []}, "at least one row"),
+        ({"rows": [{"method": "rtn"}]}, r"of rows lacks 'name'"),
+        ({"published": PUBLISHED}, "must be a list"),
+        ({"published": [{"name": "CAR-SAM"}]}, r"of published lacks 'bits'"),
+        ({"published": [{**PUBLISHED, "segm_ap": "39.3"}]}, r"published\.segm_ap"),
+        ({"published": [{**PUBLISHED, "bits": "4"}]}, "cannot read the bits"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(recipe, change, message):
@@ -80,6 +102,94 @@ def test_the_table_gives_mean_and_half_the_range():
     table = ComparisonResult({**scores, "bytes": 17_000_000}, rows).to_markdown().splitlines()
     assert table[2] == "| float | | 10.0 | 20.0 | 30.0 | 17.0 MB | |"
     assert table[3] == "| W4A4 | rtn | 10.0 ± 0.0 | 20.0 ± 0.0 | 30.5 ± 0.5 | 6.0 MB | 5 s |"
+    assert len(table) == 4 and "notes" not in table[0]
+
+
+def test_notes_and_published_numbers_stand_beside_the_measured_ones():
+    scores = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0}
+    noted = Measurement("b", "w4a4", 0, scores, 6_000_000, 5.0, 1, notes="log2 softmax codes")
+    plain = Measurement("a", "w4a4", 0, scores, 6_000_000, 5.0, 1)
+    published = (Published("", "float", 55.8, "a paper"), Published("x", "w4a4", 39.3, "a paper"))
+    published += (Published("x", "w4a4", 48.5, "a paper", model="SAM-L"),)
+    result = ComparisonResult({**scores, "bytes": 17_000_000}, (plain, noted), published)
+    assert result.to_markdown().splitlines() == [
+        "| bits | row | segm AP | box AP | mean IoU | file | calibration | notes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| float | | 10.0 | 20.0 | 30.0 | 17.0 MB | | |",
+        "| W4A4 | a | 10.0 | 20.0 | 30.0 | 6.0 MB | 5 s | |",
+        "| W4A4 | b | 10.0 | 20.0 | 30.0 | 6.0 MB | 5 s | log2 softmax codes |",
+        "",
+        "published, SAM-B",
+        "",
+        "| bits | row | segm AP | source |",
+        "| --- | --- | --- | --- |",
+        "| float | | 55.8 | a paper |",
+        "| W4A4 | x | 39.3 | a paper |",
+        "",
+        "published, SAM-L",
+        "",
+        "| bits | row | segm AP | source |",
+        "| --- | --- | --- | --- |",
+        "| W4A4 | x | 48.5 | a paper |",
+    ]
+    assert json.loads(json.dumps(result.to_dict()))["published"][1]["segm_ap"] == 39.3
+
+
+def test_notes_come_from_the_method_and_published_numbers_from_the_recipe(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Rtn, "notes", "nearest", raising=False)
+    found = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0, "bytes": 1}
+    found["quantization"] = {"units": [], "seconds": 1.0, "peak_memory_bytes": 1}
+    monkeypatch.setattr(module, "_cached", lambda *_: found)
+    result = compare(Comparison.from_dict({**recipe, "published": [PUBLISHED]}), tmp_path)
+    assert [m.notes for m in result.measurements] == ["nearest", "nearest"]
+    assert result.published == (Published(**PUBLISHED),)
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result.to_dict()))
+    assert "published, SAM-B" in (tmp_path / "table.md").read_text()
+
+
+def test_two_methods_with_equal_settings_are_two_measurements(recipe, tmp_path, monkeypatch):
+    keys = []
+    found = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0, "bytes": 1}
+    found["quantization"] = {"units": [], "seconds": 1.0, "peak_memory_bytes": 1}
+    monkeypatch.setattr(module, "_cached", lambda _folder, key, _compute: keys.append(key) or found)
+
+    monkeypatch.setattr(module, "create", lambda _name, settings: Rtn(**settings))
+    comparison = Comparison.from_dict(recipe)
+    rows = tuple(replace(comparison.rows[1], method=name) for name in ("rtn", "its-twin"))
+    compare(replace(comparison, rows=rows), tmp_path)
+    assert len(set(keys)) == 3
+
+
+def test_a_failed_measurement_leaves_nothing_behind(recipe, tmp_path, monkeypatch):
+    def broken(*_arguments, **_options):
+        raise RuntimeError("broken")
+
+    comparison = Comparison.from_dict({**recipe, "rows": recipe["rows"][:1]})
+    floating = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0, "bytes": 1}
+    monkeypatch.setattr(module, "_measure_float", lambda *_: floating)
+    monkeypatch.setattr(module, "_metrics", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        compare(comparison, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {"rows", "units"}
+    assert len(list((tmp_path / "rows").iterdir())) == 1
+
+
+def test_two_processes_share_a_work_folder(recipe, tmp_path):
+    file, work = tmp_path / "recipe.yaml", tmp_path / "work"
+    file.write_text(yaml.safe_dump({**recipe, "published": [PUBLISHED]}))
+    flags = ["compare", "--recipe", str(file), "--out", str(work), "--device", "cpu"]
+    command = [sys.executable, "-m", "carsam.cli", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pair = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert all(f"| W4A4 | {row} |" in output for output in outputs for row in ("fine", "coarse"))
+    assert {path.name for path in work.iterdir()} <= {"rows", "units", "result.json", "table.md"}
+    assert len(list((work / "rows").iterdir())) == 3
+    assert len(json.loads((work / "result.json").read_text())["measurements"]) == 2
 
 
 def test_calibration_of_a_comparison_is_the_pipelines(recipe):
