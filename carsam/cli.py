@@ -12,7 +12,7 @@ import carsam
 from carsam.commands.common import errors_for_people, show_warnings
 
 # In the order of the help. A new command is a module in carsam/commands and its name here.
-COMMANDS = ("quantize", "evaluate", "predict", "compare", "info", "methods")
+COMMANDS = ("quantize", "evaluate", "predict", "compare", "diagnose", "report", "info", "methods")
 
 
 class _Group(TyperGroup):

@@ -1,0 +1,181 @@
+"""The models that a diagnosis compares: float, packed, and rounded to nearest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import SamModel
+
+from carsam.calibrate.ranges import calibrate
+from carsam.config import BitPlan, Bits
+from carsam.data.calibration import CalibrationSet
+from carsam.errors import CheckpointError
+from carsam.methods.base import Method, create
+from carsam.models.load import load_model
+from carsam.models.prepare import prepare_model
+from carsam.models.sites import Sites, find_sites
+from carsam.pack.checkpoint import CHECKSUMS, RECIPE, is_packed, load
+from carsam.pack.layers import PackedLayer
+from carsam.quantizers import ActivationQuantizer, UniformSoftmax
+from carsam.reconstruct.walk import fit_weights, quantized_layers
+
+# Stay in floating point and are changed by no method: equal up to FP16 in a packed model and its float original.
+ANCHORS = ("mask_decoder.mask_tokens.weight", "mask_decoder.iou_token.weight", "prompt_encoder.point_embed.2.weight")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A float model and the packed model that was made from it, on one device.
+
+    Attributes:
+        source: The float model as loaded.
+        reference: The same in :func:`float_form`.
+        packed: The packed model.
+        sites: Of both.
+        method: That packed it.
+    """
+
+    source: SamModel
+    reference: SamModel
+    packed: SamModel
+    sites: Sites
+    method: Method
+
+    @property
+    def models(self) -> tuple[SamModel, SamModel]:
+        """Float, packed."""
+        return self.reference, self.packed
+
+    @property
+    def device(self) -> torch.device:
+        """Of both."""
+        return self.reference.device
+
+
+def open_pair(float_model: str | Path, quantized: str | Path, device: str | torch.device) -> Pair:
+    """Loads both models and checks that they belong together.
+
+    Args:
+        float_model: As for ``carsam quantize``.
+        quantized: Packed folder.
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Raises:
+        CarsamError: A model is missing, damaged or of the wrong kind; they are not float and quantized form of one
+            model; the device is not there.
+    """
+    folder = Path(quantized)
+    if not is_packed(folder) and not (folder / CHECKSUMS).exists():
+        raise CheckpointError(f"{quantized} is not a packed carsam model; give the folder that carsam quantize wrote.")
+    packed = load(folder, device=device)
+    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    method = create(recipe["method"], recipe["settings"])
+    source = load_model(float_model, device=device)
+    check_pair(source, packed, str(float_model), str(quantized))
+    sites = find_sites(source)
+    return Pair(source, float_form(source, sites), packed, sites, method)
+
+
+def check_pair(reference: SamModel, packed: SamModel, float_name: str, packed_name: str) -> None:
+    """Refuses models of different architecture, and a packed model that was made from another float model.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    shapes, packed_shapes = (_architecture(model) for model in (reference, packed))
+    different = sorted(
+        name for name in shapes.keys() | packed_shapes.keys() if shapes.get(name) != packed_shapes.get(name)
+    )
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"{float_name} and {packed_name} are of different architecture ({name}: {shapes.get(name)} and "
+            f"{packed_shapes.get(name)}); give the float model that was quantized."
+        )
+    states = reference.state_dict(), packed.state_dict()
+    for name in ANCHORS:
+        ours, theirs = (state[name].float().cpu() for state in states)
+        if (ours - theirs).norm() > 0.01 * ours.norm():
+            raise CheckpointError(
+                f"{packed_name} was not made from {float_name}: {name}, which quantization leaves as it is, differs; "
+                "give the float model that was quantized."
+            )
+
+
+def _architecture(model: SamModel) -> dict[str, Any]:
+    vision = model.config.vision_config
+    found: dict[str, Any] = {
+        key: getattr(vision, key) for key in ("image_size", "patch_size", "window_size", "num_attention_heads")
+    }
+    found["global_attn_indexes"] = list(vision.global_attn_indexes)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+    for name, value in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if ".input_quantizer." in name or ".matmul." in name or leaf in ("weight_scale", "weight_zero_point"):
+            continue
+        shape = packed[owner].shape if owner in packed and leaf == "weight" else value.shape
+        found[name] = list(shape)
+    return found
+
+
+def float_form(model: SamModel, sites: Sites) -> SamModel:
+    """A float model with the quantizers' places (at 16 bits they do nothing): the packed model's hooks then fit it.
+
+    Its parameters are the given model's own; nothing is copied.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    form = copy.deepcopy(model, shared)
+    prepare_model(
+        form,
+        sites,
+        BitPlan(Bits(16, 16)),
+        quantizer_for=lambda _site, bits: ActivationQuantizer(bits),
+        softmax_for=lambda _site, bits: UniformSoftmax(bits),
+    )
+    return form.eval().requires_grad_(False)
+
+
+def layout_plan(packed: SamModel, sites: Sites) -> BitPlan:
+    """The bits of a packed model, site by site, from its own layout."""
+    layout = packed.config.quantization_config.layout
+    overrides = []
+    for site in sites.linears:
+        spec = layout["layers"].get(site.name)
+        overrides.append((site.name, Bits(spec["weight"], spec["input"]["bits"]) if spec else Bits(16, 16)))
+    for name, operands in layout["attentions"].items():
+        overrides += [(f"{name}.{which}", Bits(16, spec["bits"])) for which, spec in operands.items()]
+    return BitPlan(Bits(16, 16), tuple(overrides))
+
+
+def round_to_nearest(
+    pair: Pair, data: CalibrationSet, progress: Callable[[int, int], None] | None = None
+) -> tuple[SamModel, SamModel]:
+    """What every method starts from: nearest rounding at the packed model's bits, with its grids and observers.
+
+    Args:
+        pair: The models.
+        data: Calibration images: ranges are observed on them.
+        progress: Called as ``progress(images_done, n_images)``.
+
+    Returns:
+        The float model behind it (the reference, or its equivalent after what the method changes in floating point),
+        and the rounded one, whose activations are quantized under ``simulate(activations=True)``.
+    """
+    method, sites = pair.method, pair.sites
+    rounded, base = copy.deepcopy(pair.source), pair.reference
+    if type(method).transform is not Method.transform:
+        method.transform(rounded, sites, data)
+        base = float_form(copy.deepcopy(rounded), sites)
+    prepare_model(rounded, sites, layout_plan(pair.packed, sites), method.quantizer_for, method.softmax_for)
+    rounded.to(pair.device).eval().requires_grad_(False)
+    fit_weights(rounded, method.weight_observer)
+    calibrate(rounded, data, method.activation_observer, device=pair.device, progress=progress)
+    for layer in quantized_layers([rounded]):
+        layer.freeze()
+    return base, rounded

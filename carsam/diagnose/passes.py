@@ -1,0 +1,119 @@
+"""Both models over the images, side by side: one pass that feeds attention maps, site values and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import SamModel
+
+from carsam.diagnose.attention_maps import DissipationMeter, MapRecorder, valid_queries
+from carsam.diagnose.pair import Pair
+from carsam.diagnose.results import AttentionResult, SiteValues
+from carsam.diagnose.samples import PROMPTS_PER_BATCH, Sample
+from carsam.diagnose.site_values import ValueRecorder
+from carsam.predictor import predict_logits
+from carsam.reconstruct.units import first_stage_input, run_module
+
+# The decoder's tokens are the IoU token, then the mask tokens; without multimask output the first of those is used.
+MASK_TOKEN = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What both models made of one image.
+
+    Attributes:
+        logits: Low-resolution mask logits (P, h, w) of the float and of the packed model.
+        focus: By token→image attention: the mask token's rows (heads, keys) of both models, for the first prompt.
+    """
+
+    logits: tuple[Tensor, Tensor]
+    focus: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the passes gave.
+
+    Attributes:
+        outcomes: One an image.
+        embeddings: Image embeddings (1, C, h, w) of the float and of the packed model, on the CPU.
+        attentions: Dissipation of every attention.
+        sites: What every activation site of the packed model saw.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    embeddings: tuple[list[Tensor], list[Tensor]]
+    attentions: tuple[AttentionResult, ...]
+    sites: tuple[SiteValues, ...]
+
+
+@torch.no_grad()
+def run_passes(
+    pair: Pair, samples: tuple[Sample, ...], progress: Callable[[int, int], None] = lambda *_: None
+) -> Passes:
+    """Runs both models, each on its own activations, stage by stage: only one attention's maps are held at a time.
+
+    Args:
+        pair: The models.
+        samples: Images with prompts.
+        progress: Called as ``progress(images_done, n_images)``.
+    """
+    meter = DissipationMeter(pair.sites)
+    values = ValueRecorder(pair.packed, pair.sites)
+    recorders = [MapRecorder(model, pair.sites) for model in pair.models]
+    outcomes: list[Outcome] = []
+    embeddings: tuple[list[Tensor], list[Tensor]] = ([], [])
+    with recorders[0].recording(), recorders[1].recording(), values.recording():
+        for done, sample in enumerate(samples, start=1):
+            found = _encode(pair, sample, meter, recorders)
+            outcomes.append(_decode(pair, sample, found, meter, recorders))
+            for kept, embedding in zip(embeddings, found):
+                kept.append(embedding.cpu())
+            progress(done, len(samples))
+    return Passes(tuple(outcomes), embeddings, meter.results(recorders[0].queries), values.results())
+
+
+def _encode(pair: Pair, sample: Sample, meter: DissipationMeter, recorders: list[MapRecorder]) -> list[Tensor]:
+    pixels = sample.pixel_values.to(pair.device)
+    hidden = [first_stage_input(model, pixels) for model in pair.models]
+    for stage in pair.sites.encoder_stages:
+        module = pair.reference.get_submodule(stage)
+        grid = hidden[0].shape[1:3]
+        hidden = [run_module(model, stage, {"hidden_states": x})[0] for model, x in zip(pair.models, hidden)]
+        _compare(meter, recorders, valid_queries(module, *grid))
+    return hidden
+
+
+def _decode(
+    pair: Pair, sample: Sample, embeddings: list[Tensor], meter: DissipationMeter, recorders: list[MapRecorder]
+) -> Outcome:
+    names = [*(block.token_to_image for block in pair.sites.two_way_blocks), pair.sites.final_attention]
+    logits: tuple[list[Tensor], list[Tensor]] = ([], [])
+    focus: dict[str, tuple[Tensor, Tensor]] = {}
+    for boxes in sample.input_boxes.split(PROMPTS_PER_BATCH):
+        for kept, model, embedding in zip(logits, pair.models, embeddings):
+            kept.append(predict_logits(model, embedding, boxes=boxes)[0][:, 0].cpu())
+        maps = _compare(meter, recorders, None)
+        if not focus:
+            focus = {name: tuple(each[0, :, MASK_TOKEN].cpu() for each in maps[name]) for name in names}
+    return Outcome(tuple(torch.cat(each) for each in logits), focus)
+
+
+def _compare(
+    meter: DissipationMeter, recorders: list[MapRecorder], valid: Tensor | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Takes the maps of one stage, or of the decoder, into the sums."""
+    floating, quantized = (recorder.take() for recorder in recorders)
+    for name, probs in floating.items():
+        meter.update(name, probs, quantized[name], valid)
+    return {name: (probs, quantized[name]) for name, probs in floating.items()}
+
+
+def encode_images(model: SamModel, pair: Pair, samples: tuple[Sample, ...]) -> list[Tensor]:
+    """Image embeddings (1, C, h, w) of a model, on the CPU."""
+    with torch.no_grad():
+        return [model.get_image_embeddings(sample.pixel_values.to(pair.device)).cpu() for sample in samples]

@@ -1,0 +1,138 @@
+"""Reconstruction: errors of the units along the network, their loss curves, and compensations."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Any
+
+from carsam.report import numbers
+from carsam.report.charts import Series, line_chart
+from carsam.report.order import compact, entries, mapping, numbers_of, region, short
+from carsam.report.sections.base import Section, mean
+from carsam.report.source import Source
+
+_MOST_POINTS = 80
+_WINDOW = 9
+
+
+def section(source: Source) -> Section:
+    """The section."""
+    # results.json tells of this very model; the diagnosis may carry a copy where that file is gone.
+    units = entries(source.quantization.get("units")) or entries((source.diagnosis or {}).get("units"))
+    compensations = entries(source.quantization.get("compensations"))
+    transforms = entries(source.quantization.get("transforms"))
+    if not units and not compensations and not transforms:
+        title = "Reconstruction"
+        if source.quantization:
+            method = source.quantization_config.get("method", "The method")
+            missing = f"{method} reconstructed no unit, so there are no loss curves."
+            return Section("units", title, None, missing, absent="none")
+        missing = "How the quantization went is not noted in results.json; the command that makes the folder does so."
+        command = f"carsam quantize FLOAT --recipe recipe.yaml --out {source.name} --overwrite"
+        return Section("units", title, None, missing, command)
+    shown = [_unit(index, unit) for index, unit in enumerate(units, 1)]
+    with_losses = [unit for unit in shown if unit["chart"]]
+    view = {
+        "units": shown,
+        "decoder": [unit for unit in with_losses if not unit["encoder"]],
+        "encoder": [unit for unit in with_losses if unit["encoder"]],
+        "seconds": sum(unit["seconds"] or 0.0 for unit in shown) or None,
+        "steps": sum(unit["steps"] or 0 for unit in shown),
+        "chart": _depth_chart(shown) if shown else None,
+        "better": sum(1 for unit in shown if _better(unit["mean_before"], unit["mean_after"])),
+        "transforms": _transforms(transforms) if transforms else None,
+        "compensations": [_compensation(entry) for entry in compensations],
+    }
+    return Section("units", "Reconstruction", view)
+
+
+def _unit(index: int, unit: dict[str, Any]) -> dict[str, Any]:
+    name = str(unit.get("unit", ""))
+    before, after = ([numbers.finite(e) for e in numbers_of(unit.get(key))] for key in ("before", "after"))
+    losses = [
+        (numbers.finite(point[0]), numbers.finite(point[1]))
+        for point in numbers_of(unit.get("losses"))
+        if isinstance(point, list) and len(point) == 2
+    ]
+    return {
+        "index": index,
+        "name": name,
+        "short": short(name),
+        "compact": compact(name),
+        "encoder": region(name).startswith("encoder"),
+        "steps": numbers.finite(unit.get("steps")),
+        "seconds": numbers.finite(unit.get("seconds")),
+        "before": before,
+        "after": after,
+        "mean_before": mean(before),
+        "mean_after": mean(after),
+        "chart": _loss_chart(index, compact(name), losses) if len(losses) > 1 else None,
+    }
+
+
+def _better(before: float | None, after: float | None) -> bool:
+    return before is not None and after is not None and after < before
+
+
+def _loss_chart(index: int, name: str, losses: list[tuple[float | None, float | None]]) -> Any:
+    known = [(step, loss) for step, loss in losses if step is not None]
+    every = max(1, math.ceil(len(known) / _MOST_POINTS))
+    # A running median: a step sees one image, so single losses say more about the image than about the unit.
+    smooth = []
+    for i in range(0, len(known), every):
+        reach = max(_WINDOW, 2 * every) // 2
+        window = [loss for _, loss in known[max(0, i - reach) : i + reach + 1] if loss is not None]
+        smooth.append((known[i][0], median(window) if window else None))
+    first, last = (next((y for _, y in points if y is not None), None) for points in (smooth, smooth[::-1]))
+    return line_chart(
+        [Series("loss", known[::every], "raw"), Series("running median", smooth, "quantized")],
+        name=f"loss-{index}",
+        title=f"Loss of {name}",
+        desc=f"Over {len(known)} noted steps; its running median goes from {numbers.number(first)} to "
+        f"{numbers.number(last)}. Logarithmic scale.",
+        height=132,
+        most_ticks=3,
+    )
+
+
+def _depth_chart(units: list[dict[str, Any]]) -> Any:
+    words = [
+        f"{u['short']}: {numbers.number(u['mean_before'], 2)} to {numbers.number(u['mean_after'], 2)}" for u in units
+    ]
+    every = max(1, math.ceil(len(units) / 16))
+    return line_chart(
+        [
+            Series("before", [(float(u["index"]), u["mean_before"]) for u in units], "before", "circle"),
+            Series("after", [(float(u["index"]), u["mean_after"]) for u in units], "quantized", "square"),
+        ],
+        name="units-depth",
+        title="Relative error of every unit before and after its reconstruction",
+        desc=f"In execution order, on a logarithmic scale. {'; '.join(words)}.",
+        height=260,
+        x_ticks=[(u["index"], str(u["index"])) for u in units[::every]],
+    )
+
+
+def _compensation(entry: dict[str, Any]) -> dict[str, Any]:
+    pairs = {}
+    for key in ("scores", "output"):
+        pair = [numbers.finite(value) for value in numbers_of(entry.get(key))]
+        pairs[key] = pair if len(pair) == 2 else [None, None]
+    branches = [f"{name} {numbers.number(value, 2)}" for name, value in mapping(entry.get("change")).items()]
+    return {"attention": entry.get("attention"), **pairs, "change": ", ".join(branches)}
+
+
+def _transforms(transforms: list[dict[str, Any]]) -> dict[str, Any]:
+    """A table of what the method noted, whatever it is: every method has its own transforms."""
+    keys = list(dict.fromkeys(key for transform in transforms for key in transform))
+    return {
+        "heads": [key.replace("_", " ").capitalize() for key in keys],
+        "rows": [[_plain(transform.get(key)) for key in keys] for transform in transforms],
+    }
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return numbers.MISSING if value is None else short(value)
+    return numbers.whole(value)
