@@ -1,6 +1,7 @@
 """The contract that every registered method fulfils; a new method is tested here without an edit."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -20,9 +21,10 @@ METHODS = sorted(registry())
 
 
 def short(name):
-    """The method with the fewest steps that still go through everything."""
+    """The method with the fewest steps and no searched ranges: everything is gone through, in seconds."""
     has_steps = hasattr(create(name), "reconstruction")
-    return {"reconstruction": {"steps": 2, "decoder_steps": 2}} if has_steps else {}
+    ranges = {"weight_observer": "min-max", "activation_observer": "min-max"}
+    return {**ranges, **({"reconstruction": {"steps": 2, "decoder_steps": 2}} if has_steps else {})}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -58,23 +60,85 @@ def test_float_output_is_unchanged_while_quantization_is_off(name, nano, small_s
     torch.testing.assert_close(model(**inputs).pred_masks, nano(**inputs).pred_masks, atol=1e-3, rtol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def packed(nano, small_set, tmp_path_factory):
+    """Packed folders by method, each made once; read-only."""
+
+    @functools.cache
+    def make(name):
+        folder = tmp_path_factory.mktemp(name) / "packed"
+        carsam.quantize(nano, small_set, QuantizeConfig(method=name, settings=short(name)), out=folder)
+        return folder
+
+    return make
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_quantizes_packs_and_holds_integers_only(name, nano, small_set, tmp_path):
+def test_quantizes_packs_and_holds_integers_only(name, nano, packed):
     before = {key: value.clone() for key, value in nano.state_dict().items()}
-    config = QuantizeConfig(method=name, settings=short(name))
-    result = carsam.quantize(nano, small_set, config, out=tmp_path / "packed")
+    model = carsam.load(packed(name))
     assert all(torch.equal(value, before[key]) for key, value in nano.state_dict().items()), "the input was changed"
 
-    sites = find_sites(result.model)
+    sites = find_sites(model)
     for site in sites.linears:
-        layer = result.model.get_submodule(site.name)
+        layer = model.get_submodule(site.name)
         assert isinstance(layer, PackedLayer)
         codes = layer.dequantized_weight().flatten(1) / layer.weight_scale[:, None] + layer.weight_zero_point[:, None]
         torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
         assert codes.min() > -0.01 and codes.max() < 15.01
-    with safe_open(tmp_path / "packed" / "model.safetensors", "pt") as file:
-        packed = [file.get_slice(f"{site.name}.weight").get_dtype() for site in sites.linears]
-    assert set(packed) == {"U8"}
+    with safe_open(packed(name) / "model.safetensors", "pt") as file:
+        stored = [file.get_slice(f"{site.name}.weight").get_dtype() for site in sites.linears]
+    assert set(stored) == {"U8"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_activations_lie_on_grids_that_the_file_names_and_the_row_admits(name, packed, small_set):
+    model = carsam.load(packed(name))
+    config = json.loads((packed(name) / "config.json").read_text())["quantization_config"]
+    inputs = {path: spec["input"] for path, spec in config["layout"]["layers"].items()}
+    operands = [spec for attention in config["layout"]["attentions"].values() for spec in attention.values()]
+    uniform_only = all(spec["grid"] == "uniform" for spec in inputs.values())
+    uniform_only &= all(spec["grid"] in ("uniform", "row-max") for spec in operands)
+    assert uniform_only == (not create(name).notes), "a row with other grids must say so, and only such a row"
+
+    seen = {}
+    for path, spec in inputs.items():
+        quantizer = model.get_submodule(path).input_quantizer
+        assert quantizer.spec() == spec
+        quantizer.register_forward_hook(lambda q, args, out, path=path: seen.update({path: (q, args[0], out)}))
+    image = small_set.images[0]
+    with torch.no_grad():
+        model(pixel_values=image.pixel_values, input_boxes=image.boxes[None], multimask_output=False)
+    assert seen.keys() == inputs.keys()
+    for path, (quantizer, values, out) in seen.items():
+        codes = quantizer.encode(values)
+        assert int(codes.max()) < 16
+        torch.testing.assert_close(quantizer.decode(codes), out, rtol=1e-4, atol=1e-5, msg=path)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(create(name), "reconstruction")])
+def test_interrupted_and_resumed_it_gives_what_it_would_have_given(name, nano, small_set, packed, tmp_path):
+    config = QuantizeConfig(method=name, settings=short(name))
+
+    def interrupt(unit, n_units, *_):
+        if unit == n_units // 2:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "packed"
+    with pytest.raises(KeyboardInterrupt):
+        carsam.quantize(nano, small_set, config, out=out, progress=interrupt)
+    assert not out.exists()
+    finished = len(list(out.with_name("packed.partial").glob("*.safetensors")))
+    assert finished > 0
+    computed = set()
+
+    def watch(unit, n_units, unit_name, step, n_steps):
+        if step:
+            computed.add(unit)
+
+    resumed = carsam.quantize(nano, small_set, config, out=out, resume=True, progress=watch)
+    assert len(computed) == len(resumed.report.units) - finished, "finished units were computed again"
+    assert (out / "model.safetensors").read_bytes() == (packed(name) / "model.safetensors").read_bytes()
 
 
 def test_unknown_method_names_the_choices():
