@@ -1,7 +1,7 @@
 """``make quickstart``: the embedded model at W4A4, measured beside its float original, from what the repository holds.
 
 Needs no network and no data of its own. Everything lands in ``runs/quickstart``: the packed folder ``quantized``,
-``overlays`` of some evaluation images, and ``results.json``.
+``overlays`` of some evaluation images, ``results.json``, and ``report.html``, which shows all of it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 N_OVERLAYS = 4
+REPORT = "report.html"
 # Of the 25 embedded calibration images, one has no object of a usable size.
 N_IMAGES = 24
 
@@ -128,13 +129,14 @@ def quickstart(sample: Sample, folder: Path, config: QuantizeConfig, *, limit: i
     from carsam.pipeline import quantize
 
     # A run that fails half-way must not leave an older run's results beside its own files.
-    for stale in (folder / RESULTS, folder / "overlays"):
+    for stale in (folder / RESULTS, folder / "overlays", folder / REPORT):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
     float_model = load_model(sample.model)
     config.bit_plan()
     name = config.bits.upper()
 
-    rows = [_measured("float (FP16 file)", float_model, sample, limit, folder_size(sample.model))]
+    row, float_scores = _measured("float (FP16 file)", float_model, sample, limit, folder_size(sample.model))
+    rows = [row]
     with Reporter(f"quantizing {_relative(sample.model)} to {name} with {config.method}") as reporter:
         result = quantize(
             _relative(sample.model),
@@ -144,11 +146,13 @@ def quickstart(sample: Sample, folder: Path, config: QuantizeConfig, *, limit: i
             overwrite=True,
             progress=reporter.units,
         )
-    merge_results(folder / "quantized", quantization=result.to_dict())
     packed = result.model
     size = folder_size(folder / "quantized")
-    rows.append(_measured(name, packed, sample, limit, size, (result.seconds, result.peak_memory)))
+    row, scores = _measured(name, packed, sample, limit, size, (result.seconds, result.peak_memory))
+    rows.append(row)
+    merge_results(folder / "quantized", quantization=result.to_dict(), evaluation=scores, float_evaluation=float_scores)
     draw_overlays({"float": float_model, name: packed}, sample, folder / "overlays", limit=limit)
+    write_page(sample, folder, limit)
 
     path = folder / RESULTS
     values = {"rows": [asdict(row) for row in rows], "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -165,7 +169,8 @@ def _measured(
     limit: int | None,
     file_bytes: int,
     quantization: tuple[float, int] | None = None,
-) -> Row:
+) -> tuple[Row, dict[str, Any]]:
+    """A line of the table, and the scores as ``carsam evaluate`` notes them."""
     from carsam.evaluate.coco_metrics import evaluate_coco
     from carsam.measure import peak_memory
 
@@ -175,7 +180,37 @@ def _measured(
         scores = evaluate_coco(model, coco, images, limit=limit, progress=reporter.images)
     seconds, peak = quantization or (None, peak_memory())
     elapsed = time.perf_counter() - started
-    return Row(title, scores.segm_ap, scores.box_ap, scores.mean_iou, file_bytes, seconds, elapsed, peak)
+    row = Row(title, scores.segm_ap, scores.box_ap, scores.mean_iou, file_bytes, seconds, elapsed, peak)
+    noted = {"coco": _relative(coco), "images": _relative(images), "boxes": None, "limit": limit}
+    return row, {**noted, **scores.to_dict(), "seconds": round(elapsed, 2)}
+
+
+def write_page(sample: Sample, folder: Path, limit: int | None) -> None:
+    """Diagnoses the packed model and writes the page that shows everything; without sensitivities, for speed.
+
+    Args:
+        sample: Model and images.
+        folder: The quick start's.
+        limit: Only the first evaluation images.
+
+    Raises:
+        CarsamError: The folder cannot be written.
+    """
+    from carsam.diagnose.run import N_IMAGES as DIAGNOSED
+    from carsam.diagnose.run import diagnose
+    from carsam.report.page import write_report
+
+    err.print("writing the report")
+    diagnose(
+        _relative(sample.model),
+        _relative(folder / "quantized"),
+        _relative(sample.evaluation / "images"),
+        coco=_relative(sample.evaluation / "instances.json"),
+        limit=limit or DIAGNOSED,
+        with_sensitivity=False,
+    )
+    with writing(folder / REPORT):
+        write_report(folder / "quantized", folder / REPORT, None)
 
 
 def draw_overlays(
@@ -245,7 +280,12 @@ def _print_table(rows: list[Row], folder: Path) -> None:
         )
     out.print()
     out.print(table)
-    for title, name in (("packed model", "quantized"), ("overlays", "overlays"), ("results", RESULTS)):
+    for name, title in {
+        "quantized": "packed model",
+        "overlays": "overlays",
+        RESULTS: "results",
+        REPORT: "report",
+    }.items():
         out.print(f"{title:<13} {_relative(folder / name)}", markup=False, soft_wrap=True)
 
 

@@ -23,6 +23,8 @@ def test_quickstart_and_again(quick_config, tmp_path, capsys):
         row.mean_iou for row in rows
     ]
     carsam.load(tmp_path / "quantized")
+    page = (tmp_path / "report.html").read_text()
+    assert f"{rows[0].segm_ap:.1f}" in page and f"{rows[1].segm_ap:.1f}" in page and "data:image" in page
     (overlay,) = [path for path in (tmp_path / "overlays").iterdir() if path != stale]
     assert Image.open(overlay).width > 1000
     output = capsys.readouterr()
