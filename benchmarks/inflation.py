@@ -1,0 +1,134 @@
+"""By how much scores inflate when a model is measured before it is what its file will hold (METHOD.md, 11).
+
+    python benchmarks/inflation.py embedded/sam-nano-256 \
+        --images ../shared/data/coco-train100/images --coco ../shared/data/coco-train100/instances.json \
+        --eval-images ../shared/data/coco-val50/images --eval-coco ../shared/data/coco-val50/instances.json
+
+One quantization, measured five ways: the float model; the packed file loaded back, which is what carsam reports; and
+the same learned state with the two errors of public code, input quantizers left at drop probability 0.5 and learned
+rounding made hard in the first layer of each unit only. tests/test_honest_evaluation.py shows that carsam cannot report
+the latter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import SamModel
+
+import carsam
+from carsam import pipeline
+from carsam.config import CalibrationConfig, QuantizeConfig
+from carsam.evaluate.coco_metrics import evaluate_coco
+from carsam.methods.base import create, registry
+from carsam.models.sites import find_sites
+from carsam.quantizers import QuantizedLayer, simulate
+from carsam.quantizers.rounding import rectified_sigmoid
+
+# α, and the (base, span) that it rounds between, by layer.
+Rounding = dict[str, tuple[Tensor, tuple[Tensor, Tensor]]]
+
+
+@contextmanager
+def before_packing() -> Iterator[list[tuple[SamModel, Rounding]]]:
+    """What the pipeline has in hand when it packs: the model with integer weights, and the rounding that it learned."""
+    learned: dict[QuantizedLayer, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+    kept: list[tuple[SamModel, Rounding]] = []
+    freeze, pack = QuantizedLayer.freeze, pipeline.pack
+
+    def remember(layer: QuantizedLayer) -> None:
+        if layer.alpha is not None:
+            learned[layer] = (layer.alpha.detach().clone(), layer._span)
+        freeze(layer)
+
+    def keep(model: SamModel, *arguments):
+        names = {module: name for name, module in model.named_modules()}
+        kept.append((copy.deepcopy(model), {names[layer]: value for layer, value in learned.items()}))
+        return pack(model, *arguments)
+
+    QuantizedLayer.freeze, pipeline.pack = remember, keep
+    try:
+        yield kept
+    finally:
+        QuantizedLayer.freeze, pipeline.pack = freeze, pack
+
+
+def left_soft(model: SamModel, rounding: Rounding, method: str, settings: dict) -> SamModel:
+    """The model with α still in place in all but the first layer of each unit."""
+    model = copy.deepcopy(model)
+    names = {module: name for name, module in model.named_modules()}
+    for unit in create(method, settings).units(find_sites(model)):
+        layers = [m for module in unit.modules(model) for m in module.modules() if isinstance(m, QuantizedLayer)]
+        for layer in layers[1:]:
+            if names[layer] in rounding:
+                alpha, layer._span = rounding[names[layer]]
+                layer.alpha, layer.codes = nn.Parameter(alpha, requires_grad=False), None
+    return model
+
+
+def distance_from_integers(rounding: Rounding) -> float:
+    """Mean of |h(α) − its integer|, in steps of the grid: how soft the learned rounding still is."""
+    h = torch.cat([rectified_sigmoid(alpha).flatten() for alpha, _ in rounding.values()])
+    return float(torch.minimum(h, 1 - h).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--images", required=True, help="folder of calibration images")
+    parser.add_argument("--coco", help="COCO file whose boxes prompt them; the model's own masks without")
+    parser.add_argument("--eval-images", required=True, help="image folder to measure on")
+    parser.add_argument("--eval-coco", required=True, help="its COCO file")
+    parser.add_argument("--n-images", type=int, default=32, help="calibration images")
+    parser.add_argument("--bits", default="w4a4")
+    parser.add_argument("--method", default="qdrop", choices=sorted(registry()))
+    parser.add_argument("--steps", type=int, help="optimiser steps of every unit; the method's own without")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="measure on the first images only")
+    arguments = parser.parse_args()
+    settings = {}
+    if arguments.steps is not None:
+        settings = {"reconstruction": {"steps": arguments.steps, "decoder_steps": arguments.steps}}
+    data = CalibrationConfig(arguments.images, arguments.coco, arguments.n_images, seed=arguments.seed)
+    config = QuantizeConfig(arguments.method, settings, arguments.bits, calibration=data)
+
+    floating = carsam.load_model(arguments.model)
+    with tempfile.TemporaryDirectory() as folder, before_packing() as kept:
+        packed = carsam.quantize(floating, arguments.images, config, out=Path(folder) / "packed").model
+    ((hard, rounding),) = kept
+    if not rounding:
+        parser.error(f"{arguments.method} learns no rounding; choose a method with reconstruction.")
+    soft = left_soft(hard, rounding, arguments.method, settings)
+
+    subjects = {
+        "float": (floating, {}),
+        "packed file (what is reported)": (packed, {}),
+        "inputs left at drop 0.5": (hard, {"weights": True, "activations": True, "drop": 0.5}),
+        "rounding soft but for each unit's first layer": (soft, {"weights": True, "activations": True}),
+        "both": (soft, {"weights": True, "activations": True, "drop": 0.5}),
+    }
+    print(
+        f"{arguments.method} at {arguments.bits.upper()}, {arguments.n_images} calibration images, seed "
+        f"{arguments.seed}; h(α) is {distance_from_integers(rounding):.3f} steps from an integer in the mean.\n"
+    )
+    print("| measured | segm AP | box AP | mean IoU | loss of mean IoU |\n| --- | --- | --- | --- | --- |")
+    losses: list[float] = []
+    for name, (model, state) in subjects.items():
+        torch.manual_seed(arguments.seed)
+        with simulate(**state):
+            scores = evaluate_coco(model, arguments.eval_coco, arguments.eval_images, limit=arguments.limit)
+        losses.append(losses[0] - scores.mean_iou if losses else scores.mean_iou)
+        # The first entry is the float score, the second the honest loss that the others are shares of.
+        loss = f"{losses[-1]:.1f} ({losses[-1] / losses[1]:.0%})" if len(losses) > 1 else ""
+        print(f"| {name} | {scores.segm_ap:.1f} | {scores.box_ap:.1f} | {scores.mean_iou:.1f} | {loss} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
