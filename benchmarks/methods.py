@@ -1,0 +1,141 @@
+"""Where the time of every method goes, at one bit-width and one seed.
+
+    python benchmarks/methods.py embedded/sam-nano-256 \
+        --images ../shared/data/coco-train100/images --coco ../shared/data/coco-train100/instances.json \
+        --eval-images ../shared/data/coco-val50/images --eval-coco ../shared/data/coco-val50/instances.json
+
+Nothing is shared between methods: each row is what ``carsam quantize`` and ``carsam evaluate`` would take. With
+``--shared``, units that methods have in common are finished once, as in ``carsam compare``. "Streams" is what the walk
+spends between units: their inputs and targets from both models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import carsam
+from carsam import pipeline
+from carsam.config import CalibrationConfig, QuantizeConfig
+from carsam.data.calibration import calibration_set
+from carsam.evaluate.coco_metrics import evaluate_coco
+from carsam.methods.base import registry
+from carsam.models.sites import find_sites
+from carsam.reconstruct.store import UnitStore
+
+LIMIT_MINUTES = 60
+COLUMNS = ("transform", "ranges", "encoder", "decoder", "streams", "pack", "evaluate")
+
+
+@contextmanager
+def timed(owner: object, name: str, spent: dict[str, float], column: str) -> Iterator[None]:
+    """Adds the time of every call of ``owner.name`` to a column."""
+    original = getattr(owner, name)
+
+    def wrapper(*args, **kwargs):
+        started = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            spent[column] += time.perf_counter() - started
+
+    setattr(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def restored_units() -> Iterator[set[str]]:
+    """Names of the units that come from the cache: their reports tell the seconds of the method that finished them."""
+    names: set[str] = set()
+    original = UnitStore.load
+
+    def load(store: UnitStore, *args, **kwargs):
+        found = original(store, *args, **kwargs)
+        if found is not None:
+            names.add(found[0].unit)
+        return found
+
+    UnitStore.load = load
+    try:
+        yield names
+    finally:
+        UnitStore.load = original
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--images", required=True, help="folder of calibration images")
+    parser.add_argument("--coco", help="COCO file whose boxes prompt them; the model's own masks without")
+    parser.add_argument("--eval-images", required=True, help="image folder to measure on")
+    parser.add_argument("--eval-coco", required=True, help="its COCO file")
+    parser.add_argument("--n-images", type=int, default=32, help="calibration images")
+    parser.add_argument("--methods", default=",".join(sorted(registry())))
+    parser.add_argument("--bits", default="w4a4")
+    parser.add_argument("--steps", type=int, help="optimiser steps of every unit; the methods' own without")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shared", action="store_true", help="methods share finished units")
+    arguments = parser.parse_args()
+
+    model = carsam.load_model(arguments.model)
+    sites = find_sites(model)
+    started = time.perf_counter()
+    images = {"images": arguments.images, "coco": arguments.coco, "n_images": arguments.n_images}
+    data = calibration_set(model, **images, seed=arguments.seed)
+    print(f"calibration data: {time.perf_counter() - started:.1f} s, read once\n")
+    print(f"| method | {' | '.join(COLUMNS)} | total | steps/s |\n|{' --- |' * (len(COLUMNS) + 3)}")
+    totals = []
+    shared = tempfile.TemporaryDirectory() if arguments.shared else None
+    for name in arguments.methods.split(","):
+        kind = registry()[name]
+        settings = {}
+        if arguments.steps is not None and hasattr(kind(), "reconstruction"):
+            settings = {"reconstruction": {"steps": arguments.steps, "decoder_steps": arguments.steps}}
+        config = QuantizeConfig(name, settings, arguments.bits, calibration=CalibrationConfig(seed=arguments.seed))
+        spent: dict[str, float] = defaultdict(float)
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            for owner, function, column in (
+                (kind, "transform", "transform"),
+                (pipeline, "calibrate", "ranges"),
+                (pipeline, "fit_weights", "ranges"),
+                (pipeline, "pack", "pack"),
+                (pipeline, "save_packed", "pack"),
+                (pipeline, "load", "pack"),
+            ):
+                stack.enter_context(timed(owner, function, spent, column))
+            restored = stack.enter_context(restored_units())
+            cache = shared.name if shared is not None else None
+            result = carsam.quantize(model, data, config, out=Path(folder) / "packed", unit_cache=cache)
+            quantized = time.perf_counter() - started
+            evaluate_coco(result.model, arguments.eval_coco, arguments.eval_images)
+        total = time.perf_counter() - started
+        units = [unit for unit in result.report.units if unit.unit not in restored]
+        for unit in units:
+            spent["decoder" if sites.in_decoder(unit.unit) else "encoder"] += unit.seconds
+        spent["evaluate"] = total - quantized
+        spent["streams"] = quantized - sum(spent[column] for column in COLUMNS if column != "evaluate")
+        steps = sum(unit.steps for unit in units)
+        rate = f"{steps / (spent['encoder'] + spent['decoder']):.0f}" if steps else ""
+        cells = " | ".join(f"{spent[column]:.1f} s" for column in COLUMNS)
+        print(f"| {name} | {cells} | {total:.1f} s | {rate} |", flush=True)
+        totals.append(total)
+    minutes = sum(totals) / 60
+    print(
+        f"\n{len(totals)} methods on one subject at {arguments.bits.upper()} and one seed: {minutes:.1f} min; must be "
+        f"< {LIMIT_MINUTES}"
+    )
+    if shared is not None:
+        shared.cleanup()
+
+
+if __name__ == "__main__":
+    main()
