@@ -50,9 +50,7 @@ def _build(spec: dict[str, Any], grids: dict[str, type[nn.Module]]) -> nn.Module
     try:
         return grids[spec["grid"]](**arguments, always=True)
     except (TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"config.json describes the grid {spec} wrongly: {error}; get it again."
-        ) from None
+        raise CheckpointError(f"config.json describes the grid {spec} wrongly: {error}; get it again.") from None
 
 
 def build_packed(model: SamModel, layout: dict[str, Any]) -> None:
