@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -41,12 +41,21 @@ def info(
     _line(f"input {sam.config.vision_config.image_size} × {sam.config.vision_config.image_size} pixels")
     out.print(layer_table(sam))
     if is_packed(model):
+        _line(f"grids of activations: {grids(config.layout)}")
         _line("recipe:")
         _line((Path(model) / "recipe.yaml").read_text(encoding="utf-8").rstrip())
         scores = read_results(Path(model)).get("evaluation", {})
         known = [f"{key} {scores[key]:.2f}" for key in ("segm_ap", "box_ap", "mean_iou") if key in scores]
         if known:
             _line(f"last evaluation: {', '.join(known)} ({scores.get('coco')})")
+
+
+def grids(layout: dict[str, Any]) -> str:
+    """How many activation sites lie on which grid: ``uniform × 100, log2 × 15``."""
+    specs = [spec["input"] for spec in layout["layers"].values()]
+    specs += [spec for attention in layout["attentions"].values() for spec in attention.values()]
+    found = Counter(spec["grid"] for spec in specs if spec["bits"] < 16)
+    return ", ".join(f"{name} × {count}" for name, count in found.most_common()) or "none"
 
 
 def layer_table(model: SamModel) -> Table:

@@ -19,9 +19,9 @@ def methods(
     from carsam.methods.base import create, registry
 
     if name is None:
-        table = Table("method", "what it does")
+        table = Table("method", "what it does", "grids")
         for method, cls in registry().items():
-            table.add_row(method, cls.summary)
+            table.add_row(method, cls.summary, cls.notes or "uniform")
     else:
         table = Table(f"setting of {name} (--set KEY=VALUE)", "default")
         for key, value in flatten(create(name).to_dict()):

@@ -91,6 +91,7 @@ def test_info(made, nano_folder, carsam_cli):
     packed = carsam_cli("info", made[0])
     assert "car-sam at w4a4" in packed.stdout
     assert "solver: pooled" in packed.stdout
+    assert "grids of activations: uniform × 126" in packed.stdout
     floating = carsam_cli("info", nano_folder)
     assert "floating point, 17.0 MB" in floating.stdout
     for result in (packed, floating):
@@ -105,6 +106,7 @@ def test_float16_bytes_is_the_float_file(nano, nano_folder, packed_folder):
 
 def test_methods(carsam_cli):
     listing = carsam_cli("methods").stdout
+    assert "P in log2 codes" in listing
     assert all(name in listing for name in ("rtn", "brecq", "qdrop", "car-sam"))
     assert "mac.solver" in carsam_cli("methods", "car-sam").stdout
 
