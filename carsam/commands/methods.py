@@ -21,7 +21,7 @@ def methods(
     if name is None:
         table = Table("method", "what it does", "grids")
         for method, cls in registry().items():
-            table.add_row(method, cls.summary, cls.notes or "uniform")
+            table.add_row(method, cls.summary, cls().notes or "uniform")
     else:
         table = Table(f"setting of {name} (--set KEY=VALUE)", "default")
         for key, value in flatten(create(name).to_dict()):

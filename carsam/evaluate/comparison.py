@@ -265,7 +265,7 @@ def compare(
                     found["bytes"],
                     sum(unit["seconds"] for unit in spent["units"]) or spent["seconds"],
                     spent["peak_memory_bytes"],
-                    getattr(method, "notes", ""),
+                    method.notes,
                 )
             )
     order = {(bits, row.name): i for i, (bits, row) in enumerate(itertools.product(comparison.bits, comparison.rows))}

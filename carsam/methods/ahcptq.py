@@ -29,7 +29,6 @@ class AhcPtq(QDrop):
 
     name: ClassVar[str] = "ahcptq"
     summary: ClassVar[str] = "HLUQ and CAG with QDrop's reconstruction"
-    notes: ClassVar[str] = "MLP inputs log-uniform; projections per group of input channels"
 
     hybrid: bool = True
     groups: int = 4
@@ -38,6 +37,12 @@ class AhcPtq(QDrop):
         super().__post_init__()
         if not 1 <= self.groups <= 255:
             raise ConfigError(f"groups must lie in 1 to 255, not {self.groups}.")
+
+    @property
+    def notes(self) -> str:
+        parts = [super().notes, "MLP inputs log-uniform" if self.hybrid else ""]
+        parts.append("projections per group of input channels" if self.groups > 1 else "")
+        return "; ".join(part for part in parts if part)
 
     def quantizer_for(self, site: str, bits: int) -> nn.Module:
         if self.hybrid and site.endswith(HYBRID):

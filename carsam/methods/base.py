@@ -46,8 +46,6 @@ class Method:
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
-    # What a table must say of the method's grids where they are not uniform, per tensor.
-    notes: ClassVar[str] = ""
 
     weight_observer: str = "mse"
     activation_observer: str = "mse"
@@ -63,6 +61,11 @@ class Method:
             value = getattr(self, setting)
             if value not in allowed:
                 raise ConfigError(f"unknown {setting} {value!r}; choose from {', '.join(allowed)}.")
+
+    @property
+    def notes(self) -> str:
+        """What a table must say of the method's grids where they are not uniform, per tensor; empty otherwise."""
+        return {"log2": "P in log2 codes", "row-max": "P in row-maximum codes"}.get(self.softmax, "")
 
     def quantizer_for(self, site: str, bits: int) -> nn.Module:
         """Quantizer of an activation site (a layer's input, or query, key, value of an attention)."""

@@ -22,8 +22,6 @@ class _Ptq4Sam(Method):
         bimodal_integration: BIG on decoder keys.
     """
 
-    notes: ClassVar[str] = "P in log2 codes"
-
     softmax: str = "log2"
     bimodal_integration: bool = True
 

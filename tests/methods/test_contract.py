@@ -141,6 +141,19 @@ def test_interrupted_and_resumed_it_gives_what_it_would_have_given(name, nano, s
     assert (out / "model.safetensors").read_bytes() == (packed(name) / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "notes"),
+    [
+        ("ptq4sam-s", {"softmax": "uniform"}, ""),
+        ("rtn", {"softmax": "log2"}, "P in log2 codes"),
+        ("ahcptq", {"hybrid": False}, "projections per group of input channels"),
+        ("ahcptq", {"hybrid": False, "groups": 1}, ""),
+    ],
+)
+def test_notes_follow_the_settings(name, settings, notes):
+    assert create(name, settings).notes == notes
+
+
 def test_unknown_method_names_the_choices():
     with pytest.raises(ConfigError, match="car-sam"):
         create("carsam")
