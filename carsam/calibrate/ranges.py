@@ -32,11 +32,7 @@ def calibrate(
     recorder = RangeRecorder([model])
     with recorder.recording(), simulate(weights=False, activations=False):
         for done, image in enumerate(data.images, start=1):
-            model(
-                pixel_values=image.pixel_values.to(device),
-                input_boxes=image.boxes[None].to(device),
-                multimask_output=False,
-            )
+            model(**image.inputs(device))
             if progress is not None:
                 progress(done, len(data.images))
     recorder.apply(observer)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,14 @@ class CalibrationImage:
     name: str
     pixel_values: Tensor
     boxes: Tensor
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """Arguments of ``SamModel`` for a pass with all boxes as prompts and one mask each."""
+        return {
+            "pixel_values": self.pixel_values.to(device),
+            "input_boxes": self.boxes[None].to(device),
+            "multimask_output": False,
+        }
 
 
 @dataclass(frozen=True)

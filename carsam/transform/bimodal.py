@@ -121,11 +121,7 @@ def integrate_bimodal_keys(model: nn.Module, sites: Sites, data: CalibrationSet)
     device = next(model.parameters()).device
     try:
         for image in data.images:
-            model(
-                pixel_values=image.pixel_values.to(device),
-                input_boxes=image.boxes[None].to(device),
-                multimask_output=False,
-            )
+            model(**image.inputs(device))
     finally:
         for handle in handles:
             handle.remove()
