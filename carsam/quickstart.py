@@ -123,7 +123,7 @@ def quickstart(sample: Sample, folder: Path, config: QuantizeConfig, *, limit: i
     """
     import torch
 
-    from carsam.evaluate.coco_metrics import save_json
+    from carsam.files import write_json
     from carsam.models.load import load_model
     from carsam.pack.checkpoint import folder_size
     from carsam.pipeline import quantize
@@ -156,8 +156,7 @@ def quickstart(sample: Sample, folder: Path, config: QuantizeConfig, *, limit: i
 
     path = folder / RESULTS
     values = {"rows": [asdict(row) for row in rows], "threads": torch.get_num_threads(), "torch": torch.__version__}
-    with writing(path):
-        save_json(values, path)
+    write_json(path, values)
     _print_table(rows, folder)
     return rows
 
@@ -209,8 +208,7 @@ def write_page(sample: Sample, folder: Path, limit: int | None) -> None:
         limit=limit or DIAGNOSED,
         with_sensitivity=False,
     )
-    with writing(folder / REPORT):
-        write_report(folder / "quantized", folder / REPORT, None)
+    write_report(folder / "quantized", folder / REPORT, None)
 
 
 def draw_overlays(

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from carsam.errors import CarsamError
+from carsam.files import write_json
 
 if TYPE_CHECKING:
     from transformers import SamModel
@@ -94,11 +95,7 @@ def merge_results(folder: Path, **parts: Any) -> None:
     Raises:
         CarsamError: The disk is full, or the folder is not writable.
     """
-    from carsam.evaluate.coco_metrics import save_json
-
-    path = folder / RESULTS
-    with writing(path):
-        save_json({**read_results(folder), **parts}, path)
+    write_json(folder / RESULTS, {**read_results(folder), **parts})
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from carsam.commands.common import Device, out, writing
+from carsam.commands.common import Device, out
 from carsam.commands.progress import Reporter
+from carsam.files import write_text
 
 
 def compare(
@@ -69,8 +70,7 @@ def compare(
     table = result.to_markdown()
     out.print(table, markup=False, soft_wrap=True)
     if markdown is not None:
-        with writing(markdown):
-            markdown.write_text(table + "\n", encoding="utf-8")
+        write_text(markdown, table + "\n")
 
 
 def _split(text: str) -> list[str]:

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from carsam.commands.common import Device, duration, merge_results, open_model, out, writing
+from carsam.commands.common import Device, duration, merge_results, open_model, out
 from carsam.commands.progress import Reporter
+from carsam.files import write_json
 
 
 def evaluate(
@@ -33,7 +34,7 @@ def evaluate(
     """Measure masks from box prompts: segm AP, box AP, mean IoU."""
     import time
 
-    from carsam.evaluate.coco_metrics import evaluate_coco, save_json
+    from carsam.evaluate.coco_metrics import evaluate_coco
     from carsam.evaluate.points import evaluate_points
     from carsam.pack.checkpoint import is_packed
 
@@ -58,8 +59,7 @@ def evaluate(
     out.print(f"{duration(time.perf_counter() - started)}")
 
     if json is not None:
-        with writing(json):
-            save_json(scores, json)
+        write_json(json, scores)
     if save and is_packed(model):
         data = {"coco": str(coco), "images": str(images), "boxes": str(boxes) if boxes else None, "limit": limit}
         merge_results(Path(model), evaluation={**data, **scores})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from carsam.commands.common import err, megabytes, out, writing
+from carsam.commands.common import err, megabytes, out
 
 
 def report(
@@ -27,8 +27,7 @@ def report(
     from carsam.report.page import write_report
 
     target = out_file if out_file is not None else folder / "report.html"
-    with writing(target):
-        made = write_report(folder, target, float_scores)
+    made = write_report(folder, target, float_scores)
     out.print(f"{target}  {megabytes(target.stat().st_size)}", markup=False, soft_wrap=True)
     if made.missing:
         err.print(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from transformers import SamModel
 from carsam.data.coco import CocoImage, CocoInstances, Detection, Rle, clip_boxes, load_detections, xywh_to_xyxy
 from carsam.data.transforms import Geometry, Preprocessor
 from carsam.errors import ConfigError, DataError, DeviceError
+from carsam.files import write_json
 from carsam.models.load import resolve_device
 from carsam.predictor import encode_image, predict_logits
 
@@ -73,7 +72,7 @@ class CocoResult:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON; an existing file is replaced at once or not at all."""
-        save_json(self.to_dict(), path)
+        write_json(path, self.to_dict())
 
     def __str__(self) -> str:
         return (
@@ -272,18 +271,6 @@ def mask_to_rle(mask: Tensor) -> Rle:
 def best_iou(rle: Rle, targets: list[Rle]) -> float:
     """Largest IoU (0..1) of a mask with any target; 0 without targets."""
     return float(mask_utils.iou([rle], targets, [0] * len(targets)).max()) if targets else 0.0
-
-
-def save_json(values: dict[str, Any], path: str | Path) -> None:
-    """Writes JSON to a temporary name beside the file, then moves it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _ground_truth_prompts(instances: CocoInstances, image: CocoImage) -> list[_Prompt]:

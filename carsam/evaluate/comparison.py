@@ -26,7 +26,8 @@ from transformers import SamModel
 from carsam.config import CalibrationConfig, QuantizeConfig, build
 from carsam.data.calibration import CalibrationSet, calibration_set
 from carsam.errors import ConfigError
-from carsam.evaluate.coco_metrics import evaluate_coco, save_json
+from carsam.evaluate.coco_metrics import evaluate_coco
+from carsam.files import write_json, write_text
 from carsam.methods.base import create
 from carsam.models.load import load_model
 from carsam.pack.checkpoint import folder_size
@@ -271,19 +272,9 @@ def compare(
     order = {(bits, row.name): i for i, (bits, row) in enumerate(itertools.product(comparison.bits, comparison.rows))}
     measurements.sort(key=lambda m: (order[m.bits, m.row], m.seed))
     result = ComparisonResult(floating, tuple(measurements), comparison.published)
-    save_json(result.to_dict(), folder / "result.json")
-    save_text(result.to_markdown() + "\n", folder / "table.md")
+    write_json(folder / "result.json", result.to_dict())
+    write_text(folder / "table.md", result.to_markdown() + "\n")
     return result
-
-
-def save_text(text: str, path: Path) -> None:
-    """Writes a file; what was there is replaced at once or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _scores(found: dict[str, Any]) -> str:
@@ -337,6 +328,5 @@ def _cached(folder: Path, key: str, compute: Callable[[], dict[str, Any]]) -> di
     if path.exists():
         return json.loads(path.read_text())
     found = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_json(found, path)
+    write_json(path, found)
     return found

@@ -14,7 +14,8 @@ from transformers import SamModel
 from carsam.data.coco import CocoInstances
 from carsam.data.transforms import Geometry, Preprocessor
 from carsam.errors import ConfigError, DataError
-from carsam.evaluate.coco_metrics import Progress, evaluating, images_to_evaluate, save_json
+from carsam.evaluate.coco_metrics import Progress, evaluating, images_to_evaluate
+from carsam.files import write_json
 from carsam.predictor import encode_image, predict_logits
 
 
@@ -53,7 +54,7 @@ class PointResult:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON; an existing file is replaced at once or not at all."""
-        save_json(self.to_dict(), path)
+        write_json(path, self.to_dict())
 
     def __str__(self) -> str:
         scores = ", ".join(f"{iou:.1f} at {n} click{'s' if n > 1 else ''}" for n, iou in self.mean_iou.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from carsam.files import write_text
 from carsam.report import charts, numbers
 from carsam.report.order import short
 from carsam.report.pictures import Pictures
@@ -49,18 +49,10 @@ def write_report(folder: str | Path, out: str | Path, float_scores: str | Path |
         float_scores: What ``carsam evaluate FLOAT --json`` wrote, to compare with.
 
     Raises:
-        CarsamError: It is not a packed folder, or a file in it is damaged.
-        OSError: The file cannot be written.
+        CarsamError: It is not a packed folder, a file in it is damaged, or ``out`` cannot be written.
     """
     report = render(read_source(folder, float_scores))
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(report.html, encoding="utf-8")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(out, report.html)
     return report
 
 

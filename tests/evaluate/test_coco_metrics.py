@@ -18,7 +18,8 @@ from carsam.data.coco import CocoInstances
 from carsam.data.transforms import Preprocessor
 from carsam.errors import ConfigError, DataError, DeviceError
 from carsam.evaluate import coco_metrics
-from carsam.evaluate.coco_metrics import average_precision, evaluate_coco, evaluating, save_json
+from carsam.evaluate.coco_metrics import average_precision, evaluate_coco, evaluating
+from carsam.files import write_json
 
 EMBEDDED = Path(__file__).parents[2] / "embedded"
 IMAGES = EMBEDDED / "images" / "evaluation" / "images"
@@ -102,9 +103,9 @@ def test_result(result, instances, tmp_path):
 
 
 def test_no_not_a_number_is_saved_and_the_old_file_stays(tmp_path):
-    save_json({"a": 1}, tmp_path / "r.json")
+    write_json(tmp_path / "r.json", {"a": 1})
     with pytest.raises(ValueError):
-        save_json({"a": math.nan}, tmp_path / "r.json")
+        write_json(tmp_path / "r.json", {"a": math.nan})
     assert json.loads((tmp_path / "r.json").read_text()) == {"a": 1}
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import carsam
 from carsam.commands.common import float16_bytes
+from carsam.errors import CarsamError
 from carsam.report.page import MAX_BYTES, breakable, render, write_report
 from carsam.report.pictures import Pictures
 from carsam.report.sections import all_sections
@@ -205,8 +206,8 @@ def test_written_whole_or_not_at_all(full_folder, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("carsam.report.page.os.replace", fail)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("carsam.files.os.replace", fail)
+    with pytest.raises(CarsamError, match="No space"):
         write_report(full_folder, out)
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
     assert out.read_text(encoding="utf-8") == first
