@@ -17,7 +17,7 @@ help:
 	@echo "make quickstart  quantize and measure the embedded model; results in runs/quickstart"
 	@echo "make test        run the tests"
 	@echo "make lint        check style and format"
-	@echo "make format      mend style and format"
+	@echo "make format      fix style and format"
 	@echo "make clean       remove results, caches and the virtual environment"
 
 quickstart: $(VENV)/.installed

@@ -1,12 +1,12 @@
 """Errors meant for people.
 
-Every message says what is wrong, where, and the mend. The command line prints them without a traceback;
+Every message says what is wrong, where, and how to fix it. The command line prints them without a traceback;
 anything else that escapes is a defect of carsam and keeps its traceback.
 """
 
 
 class CarsamError(ValueError):
-    """Base of all errors that the user can mend."""
+    """Base of all errors that the user can fix."""
 
 
 class ConfigError(CarsamError):

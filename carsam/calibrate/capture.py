@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class _Stop(Exception):
-    """Ends a forward pass at the captured module; nothing behind it is computed."""
+    """Ends a forward pass at the captured module; nothing after it is computed."""
 
 
 def capture_call(module: nn.Module, run: Callable[[], Any], *, output: bool = False) -> Any:

@@ -20,7 +20,7 @@ HYBRID = (".mlp.lin2.input",)
 
 @dataclass(frozen=True)
 class AhcPtq(QDrop):
-    """QDrop's reconstruction with a hybrid grid behind activations and grids per group of channels behind norms.
+    """QDrop's reconstruction with a hybrid grid after activations and grids per group of channels after norms.
 
     Attributes:
         hybrid: HLUQ on the inputs of MLPs' second layers.

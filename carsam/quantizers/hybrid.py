@@ -1,6 +1,6 @@
 """HLUQ, Hybrid Log-Uniform Quantization (AHCPTQ, ICCV 2025, arXiv 2503.03088), for the input of an MLP's second layer.
 
-Behind GELU or ReLU most values are small and dense, few are large and sparse. Half of the codes take steps that double
+After GELU or ReLU most values are small and dense, few are large and sparse. Half of the codes take steps that double
 (the log zone, next to the foot of the range), the other half equal steps (the uniform zone, above the split).
 """
 

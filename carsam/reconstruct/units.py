@@ -195,7 +195,7 @@ def decoder_input(model: SamModel, embedding: Tensor, boxes: Tensor) -> Tensors:
 
 
 def next_stage_inputs(sites: Sites, stage: str, inputs: Tensors, outputs: tuple[Tensor, ...]) -> Tensors:
-    """Inputs of the decoder stage behind ``stage``, from its inputs and outputs.
+    """Inputs of the decoder stage after ``stage``, from its inputs and outputs.
 
     Stages of the decoder are its blocks and the final attention; the transformer itself adds nothing in between but
     positional embeddings.

@@ -228,7 +228,7 @@ class _Stream:
         return cached(self.walk.space, (capture(index) for index in range(len(self.inputs))))
 
     def advance(self, stage: str) -> None:
-        """Goes on to the stage behind ``stage``."""
+        """Goes on to the stage after ``stage``."""
 
         def following(index: int) -> dict[str, torch.Tensor]:
             inputs = self.inputs.get(index, self.walk.device)

@@ -1,7 +1,7 @@
 """The stressed twin (METHOD.md, 9): a model that computes the same in floating point and is harder to quantize.
 
 Small subjects are milder than SAM-B. The twin carries what papers report of it: bimodal keys, outlier channels in
-queries and values, outlier channels behind the encoder's norms.
+queries and values, outlier channels after the encoder's norms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def stress(model: SamModel, strength: float, seed: int = 0) -> SamModel:
     - Queries: one channel in sixteen times up to 1 + 4t, the key's divided (and the encoder's relative positions,
       which meet the query as further keys).
     - Values: channels times up to 1 + 3t, the output projection's columns divided.
-    - Encoder norms: weight and bias times up to 1 + 8t per channel, columns of the Linear behind divided. A pure scale
+    - Encoder norms: weight and bias times up to 1 + 8t per channel, columns of the Linear after it divided. A pure scale
       leaves the zeros that pad windows as they are.
 
     Args:
