@@ -25,7 +25,7 @@ def stress(model: SamModel, strength: float, seed: int = 0) -> SamModel:
     - Queries: one channel in sixteen times up to 1 + 4t, the key's divided (and the encoder's relative positions,
       which meet the query as further keys).
     - Values: channels times up to 1 + 3t, the output projection's columns divided.
-    - Encoder norms: weight and bias times up to 1 + 8t per channel, columns of the Linear after it divided. A pure scale
+    - Encoder norms: weight and bias times up to 1 + 8t per channel, columns of the next Linear divided. A pure scale
       leaves the zeros that pad windows as they are.
 
     Args:
@@ -84,11 +84,11 @@ def stress(model: SamModel, strength: float, seed: int = 0) -> SamModel:
             attention.out_proj.weight.div_(scale)
 
     for layer in model.vision_encoder.layers:
-        for norm, behind in ((layer.layer_norm1, layer.attn.qkv), (layer.layer_norm2, layer.mlp.lin1)):
+        for norm, reader in ((layer.layer_norm1, layer.attn.qkv), (layer.layer_norm2, layer.mlp.lin1)):
             scale = factors(norm.weight.numel(), 1 + 8 * strength)
             norm.weight.mul_(scale)
             norm.bias.mul_(scale)
-            behind.weight.div_(scale)
+            reader.weight.div_(scale)
     return model
 
 
