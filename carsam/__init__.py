@@ -19,13 +19,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # what they need by module. Everywhere else, importing carsam also teaches transformers to load packed folders.
 if Path(sys.argv[0]).stem != "carsam":
     from carsam import errors
+    from carsam.automatic_masks import SamAutomaticMaskGenerator
     from carsam.config import BitPlan, Bits, CalibrationConfig, QuantizeConfig
     from carsam.data.calibration import CalibrationImage, CalibrationSet, calibration_set
+    from carsam.data.images import read_image
     from carsam.evaluate.coco_metrics import CocoResult, evaluate_coco
     from carsam.models.load import load_model
     from carsam.pack.checkpoint import load
     from carsam.pipeline import QuantizeResult, quantize
     from carsam.predictor import SamPredictor
+    from carsam.segment_anything import as_segment_anything
 
 __all__ = [
     "BitPlan",
@@ -36,11 +39,14 @@ __all__ = [
     "CocoResult",
     "QuantizeConfig",
     "QuantizeResult",
+    "SamAutomaticMaskGenerator",
     "SamPredictor",
+    "as_segment_anything",
     "calibration_set",
     "errors",
     "evaluate_coco",
     "load",
     "load_model",
     "quantize",
+    "read_image",
 ]

@@ -20,12 +20,14 @@ from carsam.calibrate.cache import CacheSpace
 from carsam.calibrate.ranges import calibrate
 from carsam.config import QuantizeConfig
 from carsam.data.calibration import CalibrationSet, calibration_set
+from carsam.errors import CheckpointError
 from carsam.measure import peak_memory
 from carsam.methods.base import Method, create
 from carsam.models.load import load_model, resolve_device
 from carsam.models.prepare import prepare_model
 from carsam.models.sites import Sites, find_sites
 from carsam.pack.checkpoint import check_target, load, save_packed
+from carsam.pack.layers import PackedLayer
 from carsam.pack.layout import pack
 from carsam.quantizers import QuantizedLayer
 from carsam.reconstruct.store import UnitStore, code_fingerprint, fingerprint, model_fingerprint
@@ -105,6 +107,8 @@ def quantize(
     if out is not None:
         check_target(out, overwrite)
 
+    if isinstance(model, SamModel) and any(isinstance(module, PackedLayer) for module in model.modules()):
+        raise CheckpointError("this model is packed already; quantize the float model that it was made from.")
     source = "" if isinstance(model, SamModel) else str(model)
     reference = copy.deepcopy(model) if isinstance(model, SamModel) else load_model(model)
     reference.requires_grad_(False).eval().float().to(device)

@@ -1,10 +1,10 @@
-"""segment-anything's ``SamPredictor`` over a transformers ``SamModel``, float or quantized.
-
-Below it, :func:`encode_image` and :func:`predict_logits` run the two halves of the model; calibration and evaluation
-use the same two functions.
-"""
+"""segment-anything's ``SamPredictor`` over a transformers ``SamModel``, float or quantized."""
 
 from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,96 +13,13 @@ from torch.nn import functional as F
 from transformers import SamModel
 
 from carsam.data.transforms import Geometry, Preprocessor, resize_image, resized_size
+from carsam.forward import encode_image, predict_logits
+from carsam.segment_anything import SegmentAnything, as_sam_model
 
+__all__ = ["ResizeLongestSide", "SamPredictor", "encode_image", "predict_logits", "threshold_masks"]
 
-@torch.no_grad()
-def encode_image(model: SamModel, pixel_values: Tensor) -> Tensor:
-    """Image embeddings ``(B, C, h, w)`` of preprocessed images ``(B, 3, S, S)``, on the model's device."""
-    return model.get_image_embeddings(pixel_values.to(device=model.device, dtype=model.dtype))
-
-
-@torch.no_grad()
-def predict_logits(
-    model: SamModel,
-    image_embeddings: Tensor,
-    *,
-    points: Tensor | None = None,
-    labels: Tensor | None = None,
-    boxes: Tensor | None = None,
-    masks: Tensor | None = None,
-    multimask_output: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Decodes B prompts of one image, with segment-anything's batching.
-
-    transformers lays prompts out as (images, prompts an image, ...) and has one dense prompt an image. Without mask
-    prompts, or with one for all, the B prompts go into its second dimension; with a mask for each prompt they go into
-    the first, with the image repeated.
-
-    Args:
-        model: The model.
-        image_embeddings: ``(1, C, h, w)``.
-        points: ``(B, N, 2)`` as (x, y) in pixels of the input frame.
-        labels: ``(B, N)``: 1 foreground, 0 background, -1 no point.
-        boxes: ``(B, 4)`` or ``(B, 1, 4)`` XYXY in pixels of the input frame.
-        masks: Logits ``(B, 1, h, w)`` or ``(1, 1, h, w)`` of an earlier prediction.
-        multimask_output: Three masks a prompt instead of one.
-
-    Returns:
-        Low-resolution logits ``(B, M, h, w)`` and predicted IoU ``(B, M)``, float32.
-
-    Raises:
-        ValueError: Shapes do not fit.
-    """
-    count = _check_prompts(model, points, labels, boxes, masks)
-    device = model.device
-    by_image = masks is not None and count > 1 and masks.shape[0] == count
-
-    def lay_out(prompt: Tensor | None) -> Tensor | None:
-        if prompt is None:
-            return None
-        return (prompt[:, None] if by_image else prompt[None]).to(device)
-
-    # Coordinates stay in float32: float16 has no half pixels beyond 1024.
-    sparse, dense = model.prompt_encoder(
-        input_points=lay_out(None if points is None else points.float()),
-        input_labels=lay_out(labels),
-        input_boxes=lay_out(None if boxes is None else boxes.float().reshape(-1, 4)),
-        input_masks=None if masks is None else masks.to(device=device, dtype=model.dtype),
-    )
-    n_images = count if by_image else 1
-    low_res, iou = model.mask_decoder(
-        image_embeddings=image_embeddings.to(device).expand(n_images, -1, -1, -1),
-        image_positional_embeddings=model.get_image_wide_positional_embeddings().expand(n_images, -1, -1, -1),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=multimask_output,
-    )[:2]
-    return low_res.flatten(0, 1).float(), iou.flatten(0, 1).float()
-
-
-def _check_prompts(
-    model: SamModel, points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None
-) -> int:
-    """The number of prompts B, after checking shapes."""
-    if (points is None) != (labels is None):
-        raise ValueError("point coordinates and point labels must be given together.")
-    if points is not None and (points.ndim != 3 or points.shape[2] != 2 or labels.shape != points.shape[:2]):
-        raise ValueError(
-            f"points must be (B, N, 2) with labels (B, N), not {tuple(points.shape)} with {tuple(labels.shape)}."
-        )
-    if boxes is not None and (boxes.shape[-1] != 4 or boxes.ndim not in (2, 3) or boxes.shape[1:-1].numel() != 1):
-        raise ValueError(f"boxes must be (B, 4) XYXY, one box a prompt, not {tuple(boxes.shape)}.")
-    side = 4 * int(model.config.prompt_encoder_config.image_embedding_size)
-    if masks is not None and (masks.ndim != 4 or tuple(masks.shape[1:]) != (1, side, side)):
-        raise ValueError(f"mask inputs must be (B, 1, {side}, {side}) logits, not {tuple(masks.shape)}.")
-    counts = {prompt.shape[0] for prompt in (points, boxes) if prompt is not None}
-    if len(counts) > 1:
-        raise ValueError(f"as many boxes as point prompts are needed, not {boxes.shape[0]} and {points.shape[0]}.")
-    n_masks = 1 if masks is None else masks.shape[0]
-    count = counts.pop() if counts else n_masks
-    if n_masks not in (1, count):
-        raise ValueError(f"as many mask inputs as prompts (or one) are needed, not {n_masks} and {count}.")
-    return count
+# Pixels of mask logits in memory at a time: 64 MB.
+CHUNK_PIXELS = 2**24
 
 
 class ResizeLongestSide:
@@ -152,8 +69,13 @@ class ResizeLongestSide:
 class SamPredictor:
     """Predicts masks for prompts on one image: set the image once, then prompt it many times.
 
-    The interface is that of ``segment_anything.SamPredictor``, so code written for it runs unchanged. ``model`` is a
-    transformers ``SamModel``.
+    The interface is that of ``segment_anything.SamPredictor``, so code written for it runs unchanged.
+
+    Args:
+        sam_model: A transformers ``SamModel``, float or packed, or the folder, file or Hub id of one.
+
+    Raises:
+        ValueError: The model is something else.
 
     Attributes:
         model: The model.
@@ -166,9 +88,9 @@ class SamPredictor:
 
     image_format = "RGB"
 
-    def __init__(self, sam_model: SamModel) -> None:
-        self.model = sam_model
-        self.preprocessor = Preprocessor.for_model(sam_model)
+    def __init__(self, sam_model: SamModel | SegmentAnything | str | Path) -> None:
+        self.model = as_sam_model(sam_model)
+        self.preprocessor = Preprocessor.for_model(self.model)
         self.transform = ResizeLongestSide(self.preprocessor.image_size)
         self.reset_image()
 
@@ -190,12 +112,11 @@ class SamPredictor:
             image_format: ``RGB`` or ``BGR``.
 
         Raises:
-            ValueError: The format is unknown or the array is no such image.
+            ValueError: The format is unknown or the array is no such image; the message says how to make it one.
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be RGB or BGR, not {image_format!r}.")
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"an image must be (H, W, 3) uint8, not {image.shape} {image.dtype}.")
+        require_image(image)
         if image_format != self.image_format:
             image = image[..., ::-1]
         pixels = torch.as_tensor(self.transform.apply_image(image), device=self.device)
@@ -215,9 +136,18 @@ class SamPredictor:
         shape = tuple(transformed_image.shape)
         if len(shape) != 4 or shape[0] != 1 or shape[1] != 3 or max(shape[2:]) != side:
             raise ValueError(f"set_torch_image needs (1, 3, h, w) with the long side {side}, not {shape}.")
+        height, width = _image_size(original_image_size)
+        expected = resized_size((height, width), side)
+        if max(abs(a - b) for a, b in zip(shape[2:], expected)) > 1:
+            raise ValueError(
+                f"an image of {height} × {width} (height × width) becomes {expected} before padding, not {shape[2:]}; "
+                "original_image_size is (height, width), and transform.apply_image resizes."
+            )
+        if not bool(torch.isfinite(transformed_image).all()):
+            raise ValueError("the image holds NaN or infinite numbers; give pixels on the scale 0..255.")
         self.reset_image()
         features = encode_image(self.model, self.preprocessor.normalise(transformed_image.to(self.device)))
-        self.original_size = (int(original_image_size[0]), int(original_image_size[1]))
+        self.original_size = (height, width)
         self.input_size = (shape[2], shape[3])
         self.features = features
         self.is_image_set = True
@@ -243,7 +173,7 @@ class SamPredictor:
 
         Returns:
             Masks ``(C, H, W)`` bool (or float32 logits), predicted IoU ``(C,)`` and low-resolution logits
-            ``(C, h, w)``.
+            ``(C, h, w)``. Without a box in ``box``, which is then ``(0, 4)``, C is 0.
 
         Raises:
             RuntimeError: No image is set.
@@ -254,18 +184,31 @@ class SamPredictor:
         if point_coords is not None:
             if point_labels is None:
                 raise ValueError("point_labels must be supplied if point_coords is supplied.")
-            coords = self.transform.apply_coords(point_coords, self.original_size)
+            coords = _numbers(point_coords, "point_coords")
+            if coords.ndim != 2 or coords.shape[1] != 2:
+                raise ValueError(f"points must be (N, 2) as (x, y), not {coords.shape}; predict_torch takes batches.")
+            coords = self.transform.apply_coords(coords, self.original_size)
             points = torch.as_tensor(coords, dtype=torch.float, device=self.device)[None]
-            labels = torch.as_tensor(np.asarray(point_labels), dtype=torch.int, device=self.device)[None]
+            labels = torch.as_tensor(_numbers(point_labels, "point_labels"), dtype=torch.float, device=self.device)
+            if labels.shape != points.shape[1:2]:
+                raise ValueError(f"as many labels as points are needed, not {tuple(labels.shape)} for {len(coords)}.")
+            labels = labels[None]
+        elif point_labels is not None:
+            raise ValueError("point_labels are given without point_coords; give both or neither.")
         if box is not None:
-            if np.size(box) != 4:
-                raise ValueError(f"box must be 4 numbers XYXY, not {np.shape(box)}; predict_torch takes several boxes.")
+            box = _numbers(box, "box")
+            if box.size != 4 and box.shape != (0, 4):
+                raise ValueError(f"box must be 4 numbers XYXY, not {box.shape}; predict_torch takes several boxes.")
             coords = self.transform.apply_boxes(box, self.original_size)
             boxes = torch.as_tensor(coords, dtype=torch.float, device=self.device)
         if mask_input is not None:
-            masks = torch.as_tensor(np.asarray(mask_input), dtype=torch.float, device=self.device)[None]
+            masks = torch.as_tensor(_numbers(mask_input, "mask_input"), dtype=torch.float, device=self.device)[None]
+        if boxes is not None and not len(boxes):
+            # No box, no mask; whatever points came with it belong to no object.
+            points = labels = masks = None
         outputs = self.predict_torch(points, labels, boxes, masks, multimask_output, return_logits)
-        masks, iou, low_res = (output[0].detach().cpu().numpy() for output in outputs)
+        # (1, C, ...) loses its first dimension, and (0, C, ...) becomes (0, ...).
+        masks, iou, low_res = (output.detach().flatten(0, 1).cpu().numpy() for output in outputs)
         return masks, iou, low_res
 
     def predict_torch(
@@ -306,8 +249,10 @@ class SamPredictor:
             multimask_output=multimask_output,
         )
         geometry = Geometry(self.original_size, self.input_size)
-        masks = geometry.masks_to_original(low_res, self.preprocessor.image_size)
-        return masks if return_logits else masks > self.mask_threshold, iou, low_res
+        side = self.preprocessor.image_size
+        if return_logits:
+            return _logits(low_res, geometry, side), iou, low_res
+        return threshold_masks(low_res, geometry, side, self.mask_threshold), iou, low_res
 
     def get_image_embedding(self) -> Tensor:
         """Embeddings ``(1, C, h, w)`` of the image.
@@ -328,3 +273,91 @@ class SamPredictor:
     def _require_image(self) -> None:
         if not self.is_image_set:
             raise RuntimeError("an image must be set with .set_image(...) before mask prediction.")
+
+
+def threshold_masks(low_res: Tensor, geometry: Geometry, image_size: int, threshold: float) -> Tensor:
+    """Masks at the original image's size, of which only some are in memory as logits at a time.
+
+    Args:
+        low_res: Logits ``(B, C, h, w)`` of the decoder.
+        geometry: How the image lies in the input frame.
+        image_size: Side of the input frame in pixels.
+        threshold: Logit above which a pixel belongs to the mask.
+
+    Returns:
+        ``(B, C, H, W)`` bool.
+    """
+    height, width = geometry.original_size
+    flat = low_res.flatten(0, 1)
+    masks = torch.empty((len(flat), height, width), dtype=torch.bool, device=low_res.device)
+    step = max(1, CHUNK_PIXELS // (height * width))
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
+        torch.gt(geometry.masks_to_original(flat[part], image_size), threshold, out=masks[part])
+    return masks.unflatten(0, low_res.shape[:2])
+
+
+def _logits(low_res: Tensor, geometry: Geometry, image_size: int) -> Tensor:
+    if not low_res.shape[0]:
+        return low_res.new_zeros((*low_res.shape[:2], *geometry.original_size))
+    return geometry.masks_to_original(low_res, image_size)
+
+
+def require_image(image: Any) -> None:
+    """Refuses what is no ``(H, W, 3)`` uint8 image.
+
+    Raises:
+        ValueError: With the way to make it one.
+    """
+    form = "an image must be an (H, W, 3) uint8 array"
+    if isinstance(image, (str, PathLike)):
+        raise ValueError(f"{form}, not a path; read the file with carsam.read_image({str(image)!r}).")
+    if isinstance(image, Tensor):
+        raise ValueError(f"{form}, not a tensor; use image.cpu().numpy(), or set_torch_image for a resized image.")
+    if not isinstance(image, np.ndarray):
+        fix = "use np.asarray(image.convert('RGB'))" if hasattr(image, "convert") else "use np.asarray(image)"
+        raise ValueError(f"{form}, not {type(image).__module__}.{type(image).__qualname__}; {fix}.")
+    if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 and image.size:
+        return
+    if 0 in image.shape:
+        fix = "it has no pixels"
+    elif image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 1):
+        fix = "repeat the grey channel: np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)"
+    elif image.ndim == 3 and image.shape[2] == 4:
+        fix = "leave out the fourth channel (transparency): image[..., :3]"
+    elif image.ndim == 3 and image.shape[0] == 3:
+        fix = "put the channels last: image.transpose(1, 2, 0)"
+    elif image.ndim == 4:
+        fix = "set one image at a time: images[0]"
+    elif image.dtype != np.uint8 and np.issubdtype(image.dtype, np.floating):
+        fix = "bring it to 0..255: (255 * image).round().astype(np.uint8) where its values are 0..1"
+    else:
+        fix = "scale its values to 0..255 and use astype(np.uint8)"
+    raise ValueError(f"{form}, not {image.shape} {image.dtype}; {fix}.")
+
+
+def _numbers(values: Any, name: str) -> np.ndarray:
+    """Values as float64, checked to be finite numbers.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers: {error}.") from error
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} holds NaN or infinite numbers; give finite ones, in pixels of the image.")
+    return numbers
+
+
+def _image_size(size: Any) -> tuple[int, int]:
+    try:
+        height, width = (int(side) for side in size)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"original_image_size must be (height, width), not {size!r}.") from error
+    if height < 1 or width < 1:
+        raise ValueError(f"original_image_size must be (height, width) in pixels, not {size!r}.")
+    return height, width

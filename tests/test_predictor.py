@@ -1,12 +1,15 @@
 """SamPredictor: segment-anything's interface, and agreement with the model's own forward."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import SamModel
 
+import carsam
 from carsam.data.images import read_image
 from carsam.data.transforms import Preprocessor
 from carsam.predictor import ResizeLongestSide, SamPredictor, encode_image, predict_logits
@@ -128,6 +131,11 @@ def test_set_torch_image(predictor, image):
     predictor.set_torch_image(resized, image.shape[:2])
     assert torch.equal(predictor.features, expected)
     assert predictor.original_size == image.shape[:2] and predictor.input_size == size == (171, 256)
+    for size in (image.shape[1::-1], (342,), (0, 0), None):
+        with pytest.raises(ValueError, match=r"\(height, width\)"):
+            predictor.set_torch_image(resized, size)
+    with pytest.raises(ValueError, match="NaN"):
+        predictor.set_torch_image(resized.float() * float("nan"), image.shape[:2])
     for wrong in (resized[0], resized[:, :2], resized[..., :100]):
         with pytest.raises(ValueError, match="long side 256"):
             predictor.set_torch_image(wrong, image.shape[:2])
@@ -158,6 +166,16 @@ def test_state(model, image):
         ({"box": np.stack([BOX, BOX])}, "predict_torch"),
         ({"box": BOX, "mask_input": np.zeros((1, 32, 32))}, "64, 64"),
         ({"box": BOX, "mask_input": np.zeros((64, 64))}, "64, 64"),
+        ({"point_labels": LABELS}, "without point_coords"),
+        ({"point_coords": POINTS, "point_labels": np.array([1, 2])}, "labels must be 1"),
+        ({"point_coords": POINTS * np.nan, "point_labels": LABELS}, "point_coords holds NaN"),
+        ({"point_coords": POINTS, "point_labels": [1, None]}, "point_labels"),
+        ({"point_coords": [[1, 2], [3]], "point_labels": LABELS}, "array of numbers"),
+        ({"point_coords": "a", "point_labels": LABELS}, "array of numbers"),
+        ({"box": [1, 2, np.inf, 4]}, "box holds NaN or infinite"),
+        ({"box": ["a", 2, 3, 4]}, "array of numbers"),
+        ({"box": [220, 240, 105, 145]}, "upside down"),
+        ({"box": BOX, "mask_input": np.full((1, 64, 64), np.nan)}, "mask_input holds NaN"),
     ],
 )
 def test_predict_refuses(predictor, prompt, message):
@@ -174,15 +192,72 @@ def test_predict_torch_refuses(predictor):
         ((points, labels, None, torch.zeros(3, 1, 64, 64)), "as many mask inputs"),
         ((points, None), "together"),
         ((points[0], labels), "points must be"),
+        ((points, labels, torch.full((2, 4), float("nan"))), "boxes hold NaN"),
+        ((points / 0, labels), "points hold NaN"),
+        ((points, 3 * labels), "labels must be 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             predictor.predict_torch(*arguments)
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((3, 4, 4), np.uint8)])
-def test_set_image_refuses(model, array):
-    with pytest.raises(ValueError, match="uint8"):
-        SamPredictor(model).set_image(array)
+@pytest.mark.parametrize(
+    ("wrong", "fix"),
+    [
+        (np.zeros((4, 4), np.uint8), "repeat the grey channel"),
+        (np.zeros((4, 4, 1), np.uint8), "repeat the grey channel"),
+        (np.zeros((4, 4, 4), np.uint8), r"image\[..., :3\]"),
+        (np.zeros((3, 4, 5), np.uint8), r"transpose\(1, 2, 0\)"),
+        (np.zeros((4, 4, 3)), "255 \\* image"),
+        (np.zeros((4, 4, 3), np.uint16), "scale its values to 0..255"),
+        (np.zeros((4, 4, 3), bool), "astype"),
+        (np.zeros((4, 4, 3), object), "astype"),
+        (np.zeros((1, 4, 4, 3), np.uint8), "one image at a time"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (np.zeros((4, 0, 3), np.uint8), "no pixels"),
+        (np.zeros(0), "no pixels"),
+        (Image.new("RGB", (4, 4)), r"np\.asarray\(image\.convert\('RGB'\)\)"),
+        ("photo.jpg", r"carsam\.read_image\('photo.jpg'\)"),
+        (Path("photo.jpg"), r"carsam\.read_image"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), r"image\.cpu\(\)\.numpy\(\)"),
+        ([[[0, 0, 0]]], r"np\.asarray\(image\)"),
+        (None, "not builtins.NoneType"),
+    ],
+)
+def test_set_image_refuses(model, wrong, fix):
+    with pytest.raises(ValueError, match="uint8") as caught:
+        SamPredictor(model).set_image(wrong)
+    assert re.search(fix, str(caught.value))
+
+
+def test_images_that_only_look_odd(model, predictor, image):
+    """Views that are read backwards, read-only arrays and single pixels are images."""
+    other = SamPredictor(model)
+    view = image[:, ::-1][:, ::-1]
+    view.flags.writeable = False
+    other.set_image(view)
+    assert torch.equal(other.features, predictor.features)
+    for size in ((1, 1), (1, 3000), (3000, 1)):
+        other.set_image(np.zeros((*size, 3), np.uint8))
+        assert other.predict(box=[0, 0, 1, 1])[0].shape == (3, *size)
+
+
+def test_zero_boxes_give_zero_masks(predictor, image):
+    size = image.shape[:2]
+    for logits in (True, False):
+        masks, iou, low_res = predictor.predict_torch(None, None, torch.zeros(0, 4), return_logits=logits)
+        assert masks.shape == (0, 3, *size) and iou.shape == (0, 3) and low_res.shape == (0, 3, 64, 64)
+        masks, iou, low_res = predictor.predict(box=np.zeros((0, 4)), multimask_output=False, return_logits=logits)
+        assert masks.shape == (0, *size) and iou.shape == (0,) and low_res.shape == (0, 64, 64)
+    assert predictor.predict_torch(torch.zeros(0, 2, 2), torch.zeros(0, 2))[0].shape == (0, 3, *size)
+    assert predictor.transform.apply_boxes(np.zeros((0, 4)), size).shape == (0, 4)
+
+
+def test_masks_in_chunks_are_the_same(predictor, monkeypatch):
+    boxes = torch.tensor([[10.0, 10, 90, 90], [50, 40, 200, 160]])
+    expected = predictor.predict_torch(None, None, boxes)[0]
+    monkeypatch.setattr("carsam.predictor.CHUNK_PIXELS", 1)
+    assert torch.equal(predictor.predict_torch(None, None, boxes)[0], expected)
+    assert torch.equal(predictor.predict_torch(None, None, boxes, return_logits=True)[0] > 0, expected)
 
 
 def test_set_image_refuses_other_formats(model, image):
@@ -232,3 +307,9 @@ def test_transform():
     coords = np.array([[100, 50]])
     transform.apply_coords(coords, (100, 200))
     assert coords.tolist() == [[100, 50]]
+
+
+def test_a_packed_model_is_not_quantized_again(packed_folder, calibration_folder):
+    packed = carsam.load(packed_folder)
+    with pytest.raises(ValueError, match="packed already; quantize the float model"):
+        carsam.quantize(packed, calibration_folder / "images")

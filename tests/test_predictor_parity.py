@@ -1,19 +1,15 @@
 """SamPredictor against segment-anything's own, on the same weights."""
 
-from functools import partial
 from pathlib import Path
 
+import meta_sam
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from transformers import SamModel
 
 from carsam.data.images import read_image
 from carsam.predictor import SamPredictor
-
-meta_checkpoint = pytest.importorskip("carsam.models.meta_checkpoint")
-shim = pytest.importorskip("torchvision_shim")
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 IMAGES = EMBEDDED / "images" / "evaluation" / "images"
@@ -32,41 +28,7 @@ def model():
 @pytest.fixture(scope="module")
 def meta(model):
     """Meta's ``Sam`` of the embedded model's dimensions and weights, and Meta's package."""
-    try:
-        package = shim.import_segment_anything()
-    except ImportError:
-        pytest.skip("segment-anything is not installed")
-    modeling = package.modeling
-    sam = modeling.Sam(
-        image_encoder=modeling.ImageEncoderViT(
-            depth=8,
-            embed_dim=192,
-            img_size=256,
-            mlp_ratio=4,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            num_heads=3,
-            patch_size=16,
-            qkv_bias=True,
-            use_rel_pos=True,
-            global_attn_indexes=[1, 3, 5, 7],
-            window_size=7,
-            out_chans=256,
-        ),
-        prompt_encoder=modeling.PromptEncoder(
-            embed_dim=256, image_embedding_size=(16, 16), input_image_size=(256, 256), mask_in_chans=16
-        ),
-        mask_decoder=modeling.MaskDecoder(
-            num_multimask_outputs=3,
-            transformer=modeling.TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8),
-            transformer_dim=256,
-        ),
-    )
-    sam.load_state_dict(meta_checkpoint.state_dict_to_meta(model))
-    # The embedded model's decoder was trained with transformers' eps, which differs from Meta's 1e-5.
-    for theirs, ours in zip(sam.mask_decoder.transformer.layers, model.mask_decoder.transformer.layers):
-        for i in range(1, 5):
-            getattr(theirs, f"norm{i}").eps = getattr(ours, f"layer_norm{i}").eps
-    return sam.eval(), package
+    return meta_sam.meta_twin(model), meta_sam.package()
 
 
 @pytest.fixture(scope="module", params=sorted(p.name for p in IMAGES.iterdir())[:2])

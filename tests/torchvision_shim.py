@@ -36,7 +36,7 @@ def box_area(boxes: Tensor) -> Tensor:
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """Greedy non-maximum suppression within each class ``idxs``; kept indexes by falling score."""
-    order = scores.argsort(descending=True)
+    order = scores.argsort(descending=True, stable=True)
     areas = box_area(boxes)
     kept = []
     while order.numel():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import SamModel
 
-from carsam.predictor import encode_image, predict_logits
+from carsam.forward import encode_image, predict_logits
 
 POINTS_PER_SIDE = 8
 # With 16 points and three masks each, the decoder of a SAM with a 1024 px input needs about 1 GB.
@@ -56,8 +57,7 @@ def propose_boxes(model: SamModel, pixel_values: Tensor, input_size: tuple[int, 
     """
     height, width = input_size
     embeddings = encode_image(model, pixel_values)
-    steps = (torch.arange(POINTS_PER_SIDE) + 0.5) / POINTS_PER_SIDE
-    grid = torch.stack(torch.meshgrid(steps * width, steps * height, indexing="xy"), dim=-1).reshape(-1, 1, 2)
+    grid = (point_grid(POINTS_PER_SIDE).float() * torch.tensor([width, height]))[:, None]
 
     masks, scores = [], []
     for points in grid.split(POINTS_PER_BATCH):
@@ -82,10 +82,17 @@ def propose_boxes(model: SamModel, pixel_values: Tensor, input_size: tuple[int, 
     return torch.minimum(mask_boxes(fine > 0).cpu(), limit)
 
 
-def stability_score(logits: Tensor, offset: float = 1.0) -> Tensor:
-    """IoU between the masks at the thresholds +offset and -offset (segment-anything), ``(..., h, w)`` to ``(...)``."""
-    inner = (logits > offset).sum((-1, -2)).float()
-    outer = (logits > -offset).sum((-1, -2)).float()
+def point_grid(side: int) -> Tensor:
+    """Centres of ``side`` × ``side`` cells, row by row: ``(side², 2)`` float64 as (x, y), on 0..1."""
+    margin = 1 / (2 * side)
+    steps = torch.from_numpy(np.linspace(margin, 1 - margin, side))
+    return torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1).reshape(-1, 2)
+
+
+def stability_score(logits: Tensor, offset: float = 1.0, threshold: float = 0.0) -> Tensor:
+    """IoU between the masks cut ``offset`` above and below the threshold, ``(..., h, w)`` to ``(...)``."""
+    inner = (logits > threshold + offset).sum((-1, -2)).float()
+    outer = (logits > threshold - offset).sum((-1, -2)).float()
     return inner / outer.clamp(min=1)
 
 
@@ -116,9 +123,10 @@ def non_maximum_suppression(boxes: Tensor, scores: Tensor, threshold: float) -> 
         threshold: Boxes that overlap a better one by more than this IoU go.
     """
     order = scores.argsort(descending=True, stable=True)
-    overlap = box_iou(boxes[order], boxes[order]) > threshold
-    kept: list[int] = []
-    for i in range(len(order)):
-        if not overlap[i, kept].any():
-            kept.append(i)
-    return order[torch.tensor(kept, dtype=torch.long, device=order.device)]
+    kept: list[Tensor] = []
+    # One row of overlaps at a time: a table of all pairs has N² entries.
+    while len(order):
+        best, order = order[0], order[1:]
+        kept.append(best)
+        order = order[box_iou(boxes[best][None], boxes[order])[0] <= threshold]
+    return torch.stack(kept) if kept else order
