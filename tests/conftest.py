@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # As carsam does, which may be imported only after torch here.
@@ -28,6 +29,15 @@ QUICK = {
     "activation_observer": "min-max",
 }
 N_IMAGES, BOXES_PER_IMAGE = 3, 2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """carsam's cache, away from the user's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CARSAM_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import json as json_module
+import logging
+import os
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from carsam.commands.common import Device, duration, merge_results, open_model, out
+from carsam.commands.common import Device, duration, err, merge_results, open_model, out
 from carsam.commands.progress import Reporter
+from carsam.errors import CarsamError, ConfigError, DataError
 from carsam.files import write_json
+
+if TYPE_CHECKING:
+    from transformers import SamModel
+
+    from carsam.evaluate.intervals import Difference
+    from carsam.evaluate.journal import Journals
+    from carsam.evaluate.points import PointResult
+    from carsam.evaluate.scores import CocoResult
+
+logger = logging.getLogger(__name__)
+
+STDOUT = "-"
 
 
 def evaluate(
@@ -19,47 +37,215 @@ def evaluate(
     ],
     coco: Annotated[Path, typer.Option(help="COCO instances file.", show_default=False)],
     images: Annotated[Path, typer.Option(help="Folder that its file names are relative to.", show_default=False)],
-    boxes: Annotated[
+    detections: Annotated[
         Path | None,
         typer.Option(help="COCO detection results whose boxes are the prompts.", show_default="the file's own boxes"),
     ] = None,
+    boxes: Annotated[Path | None, typer.Option(hidden=True)] = None,
     points: Annotated[bool, typer.Option("--points", help="Also the mean IoU after 1, 3 and 5 clicks.")] = False,
     limit: Annotated[int | None, typer.Option(help="Only the file's first images.", show_default="all", min=1)] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the scores here.", show_default=False)] = None,
+    floating: Annotated[
+        str | None,
+        typer.Option(
+            "--float",
+            help="Float model to compare with, or its scores (what --json wrote, or a results.json).",
+            metavar="MODEL_OR_JSON",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Also write the scores here; - is the standard output.", show_default=False)
+    ] = None,
     save: Annotated[
         bool, typer.Option("--save/--no-save", help="Note the scores in a packed folder's results.json.")
     ] = True,
+    restart: Annotated[
+        bool, typer.Option("--restart", "--no-resume", help="Discard what an interrupted evaluation finished.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
-    """Measure masks from box prompts: segm AP, box AP, mean IoU."""
-    import time
+    """Measure masks from box prompts: segm AP, box AP, mean IoU.
 
-    from carsam.evaluate.coco_metrics import evaluate_coco
-    from carsam.evaluate.points import evaluate_points
+    An interrupted evaluation goes on where it stopped when the same command is given again.
+    """
+    from carsam.evaluate.journal import Journals, cache_folder
     from carsam.pack.checkpoint import is_packed
 
+    if boxes is not None:
+        err.print("note: --boxes is now --detections; the old name works in this version only.", markup=False)
+        if detections is not None:
+            raise ConfigError("--boxes is the old name of --detections; give only --detections.")
+        detections = boxes
+    _check_json_target(json)
+    float_scores = _read_float_scores(floating)
+    float_model = open_model(floating, device) if floating is not None and float_scores is None else None
     sam = open_model(model, device)
-    started = time.perf_counter()
-    with Reporter("evaluating boxes") as reporter:
-        result = evaluate_coco(sam, coco, images, detections=boxes, limit=limit, progress=reporter.images)
-    scores = {**result.to_dict(), "seconds": round(time.perf_counter() - started, 2)}
-    table = Table("segm AP", "box AP", "mean IoU", title=f"{model}: {result.n_prompts} boxes, {result.n_images} images")
-    row = [f"{result.segm_ap:.2f}", f"{result.box_ap:.2f}", f"{result.mean_iou:.2f}"]
-    if points:
-        with Reporter("evaluating clicks") as reporter:
-            clicked = evaluate_points(sam, coco, images, limit=limit, progress=reporter.images)
-        scores["points"] = clicked.to_dict()
-        for clicks, iou in clicked.mean_iou.items():
-            table.add_column(f"IoU, {clicks} click{'s' if clicks > 1 else ''}")
-            row.append(f"{iou:.2f}")
-    for column in table.columns:
-        column.justify = "right"
-    table.add_row(*row)
-    out.print(table)
-    out.print(f"{duration(time.perf_counter() - started)}")
 
-    if json is not None:
-        write_json(json, scores)
+    data = _Data(coco, images, detections, limit, points)
+    started = time.perf_counter()
+    # Finished images stay until everything that was asked for is written.
+    with Journals(cache_folder() / "evaluations", restart=restart, note=_note) as journals:
+        try:
+            float_run = None if float_model is None else data.measure(float_model, journals, "the float model, ")
+            run = data.measure(sam, journals)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_interrupted(journals)) from None
+        if float_run is not None:
+            float_scores = float_run.result
+        difference = _difference(run.result, float_scores)
+        console = err if json == STDOUT else out
+        console.print(_table(model, run, float_scores, float_run))
+        for line in _lines_below(run.result, difference):
+            console.print(line, markup=False, soft_wrap=True)
+        console.print(duration(time.perf_counter() - started))
+        _write_json(json, {"model": model, **run.to_dict(), **_difference_entry(floating, difference)})
     if save and is_packed(model):
-        data = {"coco": str(coco), "images": str(images), "boxes": str(boxes) if boxes else None, "limit": limit}
-        merge_results(Path(model), evaluation={**data, **scores})
+        floats = {} if float_run is None else {"float_evaluation": float_run.to_dict()}
+        _save(Path(model), evaluation=run.to_dict(), **floats)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One model measured: scores and what they were measured on."""
+
+    data: dict[str, Any]
+    result: CocoResult
+    clicks: PointResult | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``results.json`` has it."""
+        points = {} if self.clicks is None else {"points": self.clicks.to_dict()}
+        return {**self.data, **self.result.to_dict(), **points, "seconds": round(self.seconds, 2)}
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What to measure on."""
+
+    coco: Path
+    images: Path
+    detections: Path | None
+    limit: int | None
+    points: bool
+
+    def measure(self, model: SamModel, journals: Journals, whose: str = "") -> _Run:
+        """Evaluates a model with boxes and, where asked for, with clicks."""
+        from carsam.evaluate.coco_metrics import evaluate_coco
+        from carsam.evaluate.points import evaluate_points
+
+        started = time.perf_counter()
+        common: dict[str, Any] = {"limit": self.limit, "journals": journals}
+        with Reporter(f"evaluating {whose}boxes") as reporter:
+            result = evaluate_coco(
+                model, self.coco, self.images, detections=self.detections, progress=reporter.images, **common
+            )
+        clicks = None
+        if self.points:
+            with Reporter(f"evaluating {whose}clicks") as reporter:
+                clicks = evaluate_points(model, self.coco, self.images, progress=reporter.images, **common)
+        boxes = str(self.detections) if self.detections else None
+        data = {"coco": str(self.coco), "images": str(self.images), "boxes": boxes, "limit": self.limit}
+        return _Run(data, result, clicks, time.perf_counter() - started)
+
+
+def _check_json_target(json: str | None) -> None:
+    """Refuses a file that cannot be written, before the work whose result it is to hold."""
+    if json is None or json == STDOUT:
+        return
+    path = Path(json)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise ConfigError(f"--json {path} is a folder; give a file.")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"--json {path} cannot be written: {parent} is not a folder that can be written to.")
+
+
+def _read_float_scores(floating: str | None) -> CocoResult | None:
+    """The scores in a JSON file; None where a model was given, or nothing."""
+    from carsam.evaluate.scores import read_float_scores
+
+    is_file = floating is not None and floating.lower().endswith(".json")
+    return read_float_scores(floating) if is_file else None
+
+
+def _note(line: str) -> None:
+    err.print(line, markup=False, soft_wrap=True)
+
+
+def _interrupted(journals: Journals) -> str:
+    kept, total = journals.kept
+    if not kept:
+        return "interrupted; no image was finished."
+    return f"interrupted; {kept} of {total} images are kept. Run the same command again to go on, or with --restart."
+
+
+def _difference(result: CocoResult, float_scores: CocoResult | None) -> Difference | None:
+    from carsam.evaluate.intervals import difference_interval
+
+    if float_scores is None:
+        return None
+    try:
+        found = difference_interval(result.per_image, float_scores.per_image)
+    except DataError as error:
+        # The scores themselves are right, and took long.
+        logger.warning("no difference to the float model: %s", error)
+        return None
+    if found is None:
+        logger.warning("no difference to the float model: fewer than two images with prompts are common to both.")
+    return found
+
+
+def _difference_entry(floating: str | None, difference: Difference | None) -> dict[str, Any]:
+    if difference is None:
+        return {}
+    return {"difference_to_float": {"float": floating, "mean_iou": difference.to_dict()}}
+
+
+def _table(model: str, run: _Run, float_scores: CocoResult | None, float_run: _Run | None) -> Table:
+    """A score a line, so that it fits a terminal of 80 columns."""
+    from carsam.evaluate.scores import AP_NAMES, interval_text, score_text
+
+    columns = [(Path(model).name or model, run.result, run.clicks)]
+    if float_scores is not None:
+        columns.insert(0, ("float", float_scores, float_run.clicks if float_run is not None else None))
+    title = f"{model}: {run.result.n_prompts} boxes, {run.result.n_images} images"
+    table = Table("", title=title, title_justify="left")
+    for name, _, _ in columns:
+        table.add_column(name, justify="right")
+
+    results = [result for _, result, _ in columns]
+    table.add_row("mean IoU", *(score_text(result.mean_iou, 2) for result in results))
+    table.add_row("  95 % interval over images", *(interval_text(result.mean_iou_interval) for result in results))
+    for key, name in AP_NAMES.items():
+        table.add_row(name, *(score_text(getattr(result, key), 2) for result in results))
+    for n in run.clicks.mean_iou if run.clicks is not None else ():
+        clicked = [clicks.mean_iou.get(n) if clicks is not None else None for _, _, clicks in columns]
+        table.add_row(f"mean IoU, {n} click{'s' if n > 1 else ''}", *(score_text(iou, 2) for iou in clicked))
+    return table
+
+
+def _lines_below(result: CocoResult, difference: Difference | None) -> list[str]:
+    lines = list(result.notes)
+    if difference is not None:
+        unclear = "" if difference.is_clear else "; it includes 0, so these images do not tell them apart"
+        lines.append(
+            f"mean IoU differs from float by {difference.value:+.2f} points (95 % interval over {difference.n_images} "
+            f"images: {difference.low:+.2f} to {difference.high:+.2f}{unclear})."
+        )
+    return lines
+
+
+def _write_json(json: str | None, scores: dict[str, Any]) -> None:
+    if json == STDOUT:
+        typer.echo(json_module.dumps(scores, indent=2, allow_nan=False))
+    elif json is not None:
+        write_json(json, scores)
+
+
+def _save(folder: Path, **parts: Any) -> None:
+    """Notes the scores in ``results.json``; a folder of somebody else's is no reason to fail."""
+    try:
+        merge_results(folder, **parts)
+    except CarsamError as error:
+        logger.warning("the scores are not saved in the packed folder: %s --no-save leaves this out.", error)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as mask_utils
 from torch import Tensor
 from transformers import SamModel
 
-from carsam.data.coco import CocoInstances
 from carsam.data.transforms import Geometry, Preprocessor
 from carsam.errors import ConfigError, DataError
-from carsam.evaluate.coco_metrics import Progress, evaluating, images_to_evaluate
+from carsam.evaluate.coco_metrics import Progress, evaluating, naming_what_is_kept, require_finite
+from carsam.evaluate.ground_truth import GroundTruth
+from carsam.evaluate.intervals import interval_of_means
+from carsam.evaluate.journal import Journals, evaluation_parts
 from carsam.files import write_json
 from carsam.predictor import encode_image, predict_logits
 
@@ -26,10 +29,12 @@ class PointImageScore:
     Attributes:
         name: File name.
         mean_iou: Percent over the image's objects, by number of clicks; empty without objects.
+        n_objects: Objects clicked.
     """
 
     name: str
     mean_iou: dict[int, float]
+    n_objects: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,14 @@ class PointResult:
         n_images: Images evaluated.
         n_prompts: Objects.
         per_image: In the order of the file.
+        mean_iou_interval: 95 % interval over images, by number of clicks; None with fewer than two images.
     """
 
     mean_iou: dict[int, float]
     n_images: int
     n_prompts: int
     per_image: tuple[PointImageScore, ...]
+    mean_iou_interval: dict[int, tuple[float, float] | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mappings and lists, for JSON (which turns the numbers of clicks into text)."""
@@ -71,6 +78,7 @@ def evaluate_points(
     limit: int | None = None,
     prompts_per_batch: int = 16,
     progress: Progress | None = None,
+    journals: Journals | None = None,
 ) -> PointResult:
     """Simulates a user who clicks where the mask is most wrong.
 
@@ -89,42 +97,79 @@ def evaluate_points(
         limit: Only the file's first images.
         prompts_per_batch: Objects handled at once.
         progress: Called with (images done, images) after each image.
+        journals: Where finished images are kept and taken from; None keeps nothing.
 
     Raises:
         ConfigError: ``clicks`` is empty, or a number is below 1.
+        CheckpointError: The model gives values that are not finite.
         DataError: A file is missing or not valid, images are missing, or there is no object.
         DeviceError: The device is not available.
     """
     if not clicks or min(clicks) < 1 or prompts_per_batch < 1:
         raise ConfigError(f"clicks ({clicks}) and prompts_per_batch ({prompts_per_batch}) must be numbers from 1.")
     clicks = tuple(sorted(set(clicks)))
-    instances = CocoInstances.from_file(coco_file)
-    images = images_to_evaluate(instances, image_folder, limit)
+    truth = GroundTruth.from_file(coco_file, image_folder, limit)
     preprocess = Preprocessor.for_model(model)
 
-    columns: list[np.ndarray] = []
-    scores: list[PointImageScore] = []
+    tables: list[np.ndarray] = []
     with evaluating(model, device):
-        for done, image in enumerate(images, 1):
-            # An empty mask (an annotation slip) has no point to click.
-            masks = [mask for mask in instances.masks(image.id) if mask.any()]
-            ious = np.zeros((len(clicks), 0))
-            if masks:
-                pixel_values, geometry = preprocess(instances.read_image(image, image_folder))
-                session = _Session(model, encode_image(model, pixel_values), geometry, preprocess.image_size)
-                batches = [masks[i : i + prompts_per_batch] for i in range(0, len(masks), prompts_per_batch)]
-                ious = np.concatenate([session.run(batch, clicks) for batch in batches], axis=1)
-                columns.append(ious)
-            means = dict(zip(clicks, ious.mean(axis=1).tolist())) if masks else {}
-            scores.append(PointImageScore(image.file_name, means))
+        journal = None
+        if journals is not None:
+            settings = {"limit": limit, "clicks": clicks, "prompts_per_batch": prompts_per_batch}
+            files = {"annotation file": coco_file}
+            parts = evaluation_parts(model, "points", files, preprocessing=str(preprocess), **settings)
+            journal = journals.open(parts, len(truth.images))
+        for index in range(len(truth.images)):
+            path = truth.image_path(index)
+            kept = journal.get(index, path) if journal is not None else None
+            if kept is not None:
+                tables.append(np.array(kept, dtype=np.float64).reshape(len(clicks), -1))
+            else:
+                with naming_what_is_kept(journal):
+                    tables.append(_click_image(model, preprocess, truth, index, clicks, prompts_per_batch))
+                if journal is not None:
+                    journal.add(index, path, tables[-1].tolist())
             if progress is not None:
-                progress(done, len(images))
+                progress(index + 1, len(truth.images))
+    return _result(truth, clicks, tables)
 
-    if not columns:
-        raise DataError(f"{coco_file} has no objects (other than crowds) in its {len(images)} images to evaluate.")
-    table = np.concatenate(columns, axis=1)
+
+def _click_image(
+    model: SamModel,
+    preprocess: Preprocessor,
+    truth: GroundTruth,
+    index: int,
+    clicks: tuple[int, ...],
+    prompts_per_batch: int,
+) -> np.ndarray:
+    """IoU in percent ``(len(clicks), objects)`` of an image."""
+    # An empty mask (an annotation slip) has no point to click.
+    objects = [item.mask for item in truth.singles(index) if item.area > 0]
+    if not objects:
+        return np.zeros((len(clicks), 0))
+    pixel_values, geometry = preprocess(truth.read_image(index))
+    embeddings = encode_image(model, pixel_values)
+    session = _Session(model, embeddings, geometry, preprocess.image_size, truth.images[index].file_name)
+    columns = []
+    for start in range(0, len(objects), prompts_per_batch):
+        masks = mask_utils.decode(objects[start : start + prompts_per_batch]).transpose(2, 0, 1).astype(bool)
+        columns.append(session.run(list(masks), clicks))
+    return np.concatenate(columns, axis=1)
+
+
+def _result(truth: GroundTruth, clicks: tuple[int, ...], tables: list[np.ndarray]) -> PointResult:
+    table = np.concatenate(tables, axis=1)
+    if not table.shape[1]:
+        raise DataError(f"every object in {truth.instances.path} has an empty mask, so there is nothing to click.")
+    scores = tuple(
+        PointImageScore(image.file_name, dict(zip(clicks, t.mean(axis=1).tolist())) if t.size else {}, t.shape[1])
+        for image, t in zip(truth.images, tables)
+    )
+    counts = [t.shape[1] for t in tables]
+    sums = np.array([t.sum(axis=1) for t in tables])
+    intervals = {n: interval_of_means(sums[:, i], counts) for i, n in enumerate(clicks)}
     mean_iou = dict(zip(clicks, table.mean(axis=1).tolist()))
-    return PointResult(mean_iou, len(images), table.shape[1], tuple(scores))
+    return PointResult(mean_iou, len(tables), table.shape[1], scores, intervals)
 
 
 @dataclass(frozen=True)
@@ -135,6 +180,7 @@ class _Session:
     embeddings: Tensor
     geometry: Geometry
     image_size: int
+    name: str
 
     def run(self, targets: list[np.ndarray], clicks: tuple[int, ...]) -> np.ndarray:
         """IoU in percent ``(len(clicks), B)`` for masks ``(H, W)``."""
@@ -165,6 +211,7 @@ class _Session:
             masks=previous,
             multimask_output=previous is None,
         )
+        require_finite(self.name, low_res, iou)
         best = iou.argmax(dim=1)
         return low_res[torch.arange(len(best), device=best.device), best][:, None]
 

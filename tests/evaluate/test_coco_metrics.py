@@ -16,9 +16,11 @@ from pycocotools.cocoeval import COCOeval
 
 from carsam.data.coco import CocoInstances
 from carsam.data.transforms import Preprocessor
-from carsam.errors import ConfigError, DataError, DeviceError
+from carsam.errors import CheckpointError, ConfigError, DataError, DeviceError
 from carsam.evaluate import coco_metrics
-from carsam.evaluate.coco_metrics import average_precision, evaluate_coco, evaluating
+from carsam.evaluate.coco_metrics import evaluate_coco, evaluating
+from carsam.evaluate.points import evaluate_points
+from carsam.evaluate.scores import CocoResult
 from carsam.files import write_json
 
 EMBEDDED = Path(__file__).parents[2] / "embedded"
@@ -92,7 +94,8 @@ def test_result(result, instances, tmp_path):
     assert result.n_images == len(instances.images) == len(result.per_image)
     assert result.n_prompts == sum(len(instances.boxes(image.id)) for image in instances.images)
     values = result.to_dict()
-    assert set(values) == {"segm_ap", "box_ap", "mean_iou", "n_images", "n_prompts", "per_image"}
+    assert {"segm_ap", "box_ap", "mean_iou", "n_images", "n_prompts", "per_image"} <= set(values)
+    assert CocoResult.from_dict(json.loads(json.dumps(values))) == result
     assert set(values["per_image"][0]) == {"name", "mean_iou", "ious"}
     result.save(tmp_path / "new" / "results.json")
     saved = json.loads((tmp_path / "new" / "results.json").read_text())
@@ -100,6 +103,9 @@ def test_result(result, instances, tmp_path):
     assert saved["per_image"][0]["ious"] == list(result.per_image[0].ious)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["results.json"]
     assert f"segm AP {result.segm_ap:.1f}" in str(result)
+    assert result.n_objects == 71 and "rests on 71 objects" in result.notes[0]
+    low, high = result.mean_iou_interval
+    assert low < result.mean_iou < high
 
 
 def test_no_not_a_number_is_saved_and_the_old_file_stays(tmp_path):
@@ -110,51 +116,15 @@ def test_no_not_a_number_is_saved_and_the_old_file_stays(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def perfect(instances, empty=False):
-    results = []
-    for image in instances.images:
-        for annotation in instances.instances(image.id):
-            rle = instances.rle(annotation, image)
-            if empty:
-                rle = mask_utils.encode(np.zeros(image.size, dtype=np.uint8, order="F"))
-            entry = {"image_id": image.id, "category_id": annotation["category_id"], "score": 0.9}
-            results.append({**entry, "segmentation": rle})
-    return results
-
-
-def test_perfect_masks_have_ap_100(instances):
-    segm_ap, _ = average_precision(instances, instances.images, perfect(instances))
-    assert segm_ap == pytest.approx(100)
-
-
-def test_empty_masks_have_ap_0(instances):
-    assert average_precision(instances, instances.images, perfect(instances, empty=True)) == (0, 0)
-
-
-def test_annotation_id_0_is_a_match(tmp_path):
-    # pycocotools itself takes id 0 for "no match".
-    entry = {
-        "id": 0,
-        "image_id": 1,
-        "category_id": 1,
-        "bbox": [2, 2, 10, 10],
-        "segmentation": [[2, 2, 12, 2, 12, 12, 2, 12]],
-    }
-    content = {"images": [{"id": 1, "file_name": "a", "height": 20, "width": 20}], "annotations": [entry]}
-    (tmp_path / "c.json").write_text(json.dumps(content))
-    instances = CocoInstances.from_file(tmp_path / "c.json")
-    assert average_precision(instances, instances.images, perfect(instances)) == pytest.approx((100, 100))
-
-
-def test_perfect_model(instances, model, monkeypatch):
+def test_perfect_model(model, monkeypatch):
     """The whole evaluation with masks that are the objects, in place of the model's."""
-
-    def predict(model, preprocess, instances, image, folder, prompts, prompts_per_batch):
-        return [(prompt.target, 1.0) for prompt in prompts]
-
-    monkeypatch.setattr(coco_metrics, "_predict", predict)
+    perfect = lambda self, index, prompts: [(prompt.target, 1.0) for prompt in prompts]  # noqa: E731
+    monkeypatch.setattr(coco_metrics._BoxMasks, "__call__", perfect)
     result = evaluate_coco(model, COCO_FILE, IMAGES)
     assert result.segm_ap == pytest.approx(100) and result.mean_iou == pytest.approx(100)
+    sizes = [result.segm_ap_small, result.segm_ap_medium, result.segm_ap_large, result.segm_ap75, result.box_ap50]
+    assert sizes == pytest.approx([100] * 5)
+    assert result.mean_iou_interval == pytest.approx((100, 100))
 
 
 def write_detections(path, instances, change=lambda d: d):
@@ -175,10 +145,19 @@ def test_ground_truth_boxes_as_detections(model, instances, result, tmp_path):
     assert found.mean_iou >= result.mean_iou - 0.01
 
 
-def test_detections_of_another_category_overlap_nothing(model, instances, tmp_path):
+def test_detections_of_unknown_categories(model, instances, tmp_path, caplog):
+    """Positions 0..79 or names in place of ids would score 0.00 without a word."""
     detections = write_detections(tmp_path / "d.json", instances, lambda d: {**d, "category_id": 9999})
+    with pytest.raises(DataError, match="no category of the detections"):
+        evaluate_coco(model, COCO_FILE, IMAGES, detections=detections, limit=2)
+    changed = iter([9999])
+    detections = write_detections(
+        tmp_path / "d.json", instances, lambda d: {**d, "category_id": next(changed, d["category_id"])}
+    )
     found = evaluate_coco(model, COCO_FILE, IMAGES, detections=detections, limit=2)
-    assert found.mean_iou == 0 and found.segm_ap == 0
+    whole = evaluate_coco(model, COCO_FILE, IMAGES, limit=2)
+    assert found.n_prompts == whole.n_prompts - 1
+    assert "1 of 20 detections left out" in caplog.text and "9999" in caplog.text
 
 
 def test_detections_for_other_images(model, instances, tmp_path):
@@ -217,7 +196,7 @@ def test_boxes_without_area_are_dropped_but_stay_missed(model, tmp_path, caplog)
     whole = evaluate_coco(model, edited(tmp_path, lambda content: None), IMAGES)
     dropped = evaluate_coco(model, edited(tmp_path, edit), IMAGES)
     assert dropped.n_prompts == whole.n_prompts - 1
-    assert "1 boxes without area" in caplog.text
+    assert "1 boxes without area" in caplog.text and "count as missed" in caplog.text
     assert dropped.segm_ap <= whole.segm_ap + 1e-9
 
 
@@ -273,3 +252,53 @@ def test_missing_device(model, device):
     with pytest.raises(DeviceError, match=device), evaluating(model, device):
         pass
     assert model.device.type == "cpu"
+
+
+def test_values_that_are_not_finite(fresh_nano, instances):
+    with torch.no_grad():
+        next(fresh_nano.mask_decoder.iou_prediction_head.parameters())[0] = math.nan
+    with pytest.raises(CheckpointError, match=f"not finite for the image {instances.images[0].file_name}"):
+        evaluate_coco(fresh_nano, COCO_FILE, IMAGES, limit=2)
+    with pytest.raises(CheckpointError, match="not finite"):
+        evaluate_points(fresh_nano, COCO_FILE, IMAGES, limit=1)
+
+
+def test_the_files_own_areas_do_not_count(model, tmp_path):
+    """Negative, huge or missing areas would give AP -100 or move it."""
+    whole = evaluate_coco(model, edited(tmp_path, lambda content: None), IMAGES)
+    for area in (-5.0, 1e12):
+
+        def edit(content, area=area):
+            for annotation in content["annotations"]:
+                annotation["area"] = area
+
+        assert evaluate_coco(model, edited(tmp_path, edit), IMAGES) == whole
+
+
+def test_a_later_mask_that_cannot_be_read_stops_before_the_first_prediction(model, tmp_path):
+    def edit(content):
+        content["annotations"][-1]["segmentation"] = {"size": [3, 4], "counts": "11"}
+
+    calls = []
+    with pytest.raises(DataError, match="annotation"):
+        evaluate_coco(model, edited(tmp_path, edit), IMAGES, progress=lambda *call: calls.append(call))
+    assert not calls
+
+
+def numbered(tmp_path, name, identify):
+    """The first images with other image ids, which pycocotools would sort or mix up."""
+
+    def edit(content):
+        ids = {image["id"]: identify(i, image["id"]) for i, image in enumerate(content["images"])}
+        for entry in (*content["images"], *content["annotations"]):
+            key = "image_id" if "image_id" in entry else "id"
+            entry[key] = ids[entry[key]]
+
+    folder = tmp_path / name
+    folder.mkdir()
+    return edited(folder, edit)
+
+
+def test_ids_may_be_text(model, tmp_path):
+    expected = evaluate_coco(model, edited(tmp_path, lambda content: None), IMAGES)
+    assert evaluate_coco(model, numbered(tmp_path, "text", lambda i, _: f"image {9 - i}"), IMAGES) == expected
