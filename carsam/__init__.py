@@ -3,22 +3,19 @@
 >>> import carsam
 >>> result = carsam.quantize("facebook/sam-vit-base", "images/", out="sam-b-w4a4")
 >>> predictor = carsam.SamPredictor(carsam.load("sam-b-w4a4"))
+
+After ``import carsam``, transformers' ``SamModel.from_pretrained`` loads packed folders too. Torch and transformers are
+imported when a name of this module is first used, so that ``import carsam`` and ``carsam --help`` answer at once.
 """
 
+import importlib
 import os
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from carsam import errors
+from carsam.registration import register_on_import
 
-# Threads that wait must sleep, not spin: beside any other busy process, OpenMP's spinning makes the thousands of small
-# operations here up to a hundred times slower. Read when torch is loaded; of no effect where it already is.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-# The command line answers --help without the seconds that torch and transformers take to import; its commands import
-# what they need by module. Everywhere else, importing carsam also teaches transformers to load packed folders.
-if Path(sys.argv[0]).stem != "carsam":
-    from carsam import errors
+if TYPE_CHECKING:
     from carsam.automatic_masks import SamAutomaticMaskGenerator
     from carsam.config import BitPlan, Bits, CalibrationConfig, QuantizeConfig
     from carsam.data.calibration import CalibrationImage, CalibrationSet, calibration_set
@@ -29,6 +26,35 @@ if Path(sys.argv[0]).stem != "carsam":
     from carsam.pipeline import QuantizeResult, quantize
     from carsam.predictor import SamPredictor
     from carsam.segment_anything import as_segment_anything
+
+__version__ = "0.1.0"
+
+# Threads that wait must sleep, not spin: beside any other busy process, OpenMP's spinning makes the thousands of small
+# operations here up to a hundred times slower. Read when torch is loaded; of no effect where it already is.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+register_on_import()
+
+# Where each public name is defined: imported when it is first used (PEP 562). Type checkers read the imports above.
+_PLACES = {
+    "BitPlan": "carsam.config",
+    "Bits": "carsam.config",
+    "CalibrationConfig": "carsam.config",
+    "CalibrationImage": "carsam.data.calibration",
+    "CalibrationSet": "carsam.data.calibration",
+    "CocoResult": "carsam.evaluate.coco_metrics",
+    "QuantizeConfig": "carsam.config",
+    "QuantizeResult": "carsam.pipeline",
+    "SamAutomaticMaskGenerator": "carsam.automatic_masks",
+    "SamPredictor": "carsam.predictor",
+    "as_segment_anything": "carsam.segment_anything",
+    "calibration_set": "carsam.data.calibration",
+    "evaluate_coco": "carsam.evaluate.coco_metrics",
+    "load": "carsam.pack.checkpoint",
+    "load_model": "carsam.models.load",
+    "quantize": "carsam.pipeline",
+    "read_image": "carsam.data.images",
+}
 
 __all__ = [
     "BitPlan",
@@ -50,3 +76,15 @@ __all__ = [
     "quantize",
     "read_image",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
