@@ -3,8 +3,8 @@
     python tools/packed_checksums.py > before.txt      (at the old commit)
     python tools/packed_checksums.py | diff before.txt -
 
-One thread and few steps: two runs of the same code print the same lines on the same machine. Another number of threads or
-another processor may change the last bits of sums, so compare runs of one machine only.
+One thread and few steps: two runs of the same code print the same lines on the same machine. Another processor may
+change the last bits of sums, so compare runs of one machine only.
 """
 
 from __future__ import annotations
