@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import SamModel
 
 from carsam.data.calibration import MIN_BOX_AREA, CalibrationImage, CalibrationSet
+from carsam.data.checks import check_images
 from carsam.data.coco import CocoImage, CocoInstances, Rle, clip_boxes
 from carsam.data.images import list_images, read_image
 from carsam.data.proposals import grid_boxes, propose_boxes
@@ -78,7 +80,7 @@ def read_samples(
     """
     if limit < 1 or prompts < 1:
         raise ConfigError("a diagnosis needs at least one image and one prompt.")
-    source = _annotated(model, coco, folder, prompts) if coco is not None else _proposed(model, folder, prompts)
+    source = _annotated(model, coco, folder, limit, prompts) if coco is not None else _proposed(model, folder, prompts)
     samples = []
     for sample in source:
         samples.append(sample)
@@ -96,12 +98,13 @@ def calibration_data(samples: tuple[Sample, ...]) -> CalibrationSet:
     return CalibrationSet(images, skipped=0, fingerprint="")
 
 
-def _annotated(model: SamModel, coco: str | Path, folder: str | Path, prompts: int) -> Iterator[Sample]:
+def _annotated(model: SamModel, coco: str | Path, folder: str | Path, limit: int, prompts: int) -> Iterator[Sample]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"there is no image folder {folder}.")
     instances = CocoInstances.from_file(coco)
     preprocess = Preprocessor.for_model(model)
+    instances = check_images(instances, _with_objects(instances, limit), folder)
     for image in instances.images:
         boxes, valid = clip_boxes(instances.boxes(image.id), image.size)
         valid &= (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) >= MIN_BOX_AREA
@@ -113,6 +116,18 @@ def _annotated(model: SamModel, coco: str | Path, folder: str | Path, prompts: i
         read = _coco_reader(instances, image, folder)
         pixel_values, geometry = preprocess(read())
         yield Sample(image.file_name, read, pixel_values, geometry, boxes[chosen], truth)
+
+
+def _with_objects(instances: CocoInstances, limit: int) -> list[CocoImage]:
+    """The first images with an object of a usable size, as far as the file alone tells."""
+
+    def usable(image: CocoImage) -> bool:
+        boxes = instances.boxes(image.id)
+        if image.height is not None:
+            boxes, _ = clip_boxes(boxes, image.size)
+        return bool(((boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1) >= MIN_BOX_AREA).any())
+
+    return list(itertools.islice(filter(usable, instances.images), limit))
 
 
 def _coco_reader(instances: CocoInstances, image: CocoImage, folder: Path) -> Callable[[], np.ndarray]:

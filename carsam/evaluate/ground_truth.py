@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from carsam.data.coco import CocoImage, CocoInstances, clip_boxes, load_detections, xywh_to_xyxy
+from carsam.data.checks import check_images
+from carsam.data.coco import CocoAnnotation, CocoImage, CocoInstances, clip_boxes, load_detections, xywh_to_xyxy
 from carsam.errors import DataError
 from carsam.evaluate.average_precision import Rle, TrueObject
 
@@ -67,10 +68,11 @@ class GroundTruth:
             DataError: A file is missing or not valid, images are missing, or no image has an object.
         """
         instances = CocoInstances.from_file(coco_file)
-        images = images_to_evaluate(instances, folder, limit)
-        categories = {category["id"]: i for i, category in enumerate(instances.categories)}
+        instances = images_to_evaluate(instances, folder, limit)
+        images = instances.images
+        categories = {category.id: i for i, category in enumerate(instances.categories)}
         objects = tuple(
-            tuple(_object(i, categories[a["category_id"]], a, instances.rle(a, image)) for a in annotations)
+            tuple(_object(i, categories[a.category_id], a, instances.rle(a, image)) for a in annotations)
             for i, image in enumerate(images)
             for annotations in [instances.annotations[image.id]]
         )
@@ -98,30 +100,20 @@ class GroundTruth:
 
     def image_path(self, index: int) -> Path:
         """Where an image lies."""
-        return self.folder / self.images[index].file_name
+        return self.images[index].path or self.folder / self.images[index].file_name
 
 
-def images_to_evaluate(instances: CocoInstances, folder: str | Path, limit: int | None) -> tuple[CocoImage, ...]:
-    """The images of an evaluation, all of which must exist: scores over what happens to be there mean nothing.
+def images_to_evaluate(instances: CocoInstances, folder: str | Path, limit: int | None) -> CocoInstances:
+    """The part of a file to evaluate, checked. All images must exist: scores over what is there mean nothing.
 
     Raises:
-        DataError: The folder or images in it are missing, or no image is left.
+        DataError: The folder or images in it are missing or not valid, or no image is left.
     """
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} images leaves nothing to evaluate; give at least 1.")
-    images = instances.images[:limit]
-    if not images:
+    if not instances.images:
         raise DataError(f"{instances.path} lists no images.")
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"there is no image folder {folder}.")
-    missing = [image.file_name for image in images if not (folder / image.file_name).is_file()]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of the {len(images)} images that {instances.path} names are not in {folder} "
-            f"(first: {missing[0]}); give the folder that the file names are relative to."
-        )
-    return images
+    return check_images(instances, instances.images[:limit], folder)
 
 
 def box_prompts(truth: GroundTruth, detections: str | Path | None = None) -> list[list[Prompt]]:
@@ -164,9 +156,8 @@ def box_prompts(truth: GroundTruth, detections: str | Path | None = None) -> lis
     return prompts
 
 
-def _object(image: int, category: int, annotation: dict, mask: Rle) -> TrueObject:
-    box = tuple(float(side) for side in annotation["bbox"])
-    return TrueObject(image, category, mask, box, float(mask_utils.area(mask)), bool(annotation.get("iscrowd", 0)))
+def _object(image: int, category: int, annotation: CocoAnnotation, mask: Rle) -> TrueObject:
+    return TrueObject(image, category, mask, annotation.bbox, float(mask_utils.area(mask)), annotation.iscrowd)
 
 
 def _xyxy(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:

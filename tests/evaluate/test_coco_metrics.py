@@ -129,7 +129,7 @@ def test_perfect_model(model, monkeypatch):
 
 def write_detections(path, instances, change=lambda d: d):
     entries = [
-        change({"image_id": image.id, "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0})
+        change({"image_id": image.id, "category_id": a.category_id, "bbox": a.bbox, "score": 1.0})
         for image in instances.images
         for a in instances.instances(image.id)
     ]
