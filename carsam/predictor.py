@@ -179,6 +179,41 @@ class SamPredictor:
             RuntimeError: No image is set.
             ValueError: Shapes do not fit.
         """
+        prompt = self._prompt_tensors(point_coords, point_labels, box, mask_input)
+        outputs = self.predict_torch(*prompt, multimask_output, return_logits)
+        # (1, C, ...) loses its first dimension, and (0, C, ...) becomes (0, ...).
+        masks, iou, low_res = (output.detach().flatten(0, 1).cpu().numpy() for output in outputs)
+        return masks, iou, low_res
+
+    def predict_low_res(
+        self,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`predict`, without the masks at the image's size: logits ``(1, C, h, w)`` and IoU ``(1, C)``."""
+        points, labels, boxes, masks = self._prompt_tensors(point_coords, point_labels, box, mask_input)
+        return predict_logits(
+            self.model,
+            self.features,
+            points=points,
+            labels=labels,
+            boxes=boxes,
+            masks=masks,
+            multimask_output=multimask_output,
+        )
+
+    def _prompt_tensors(
+        self, point_coords: Any, point_labels: Any, box: Any, mask_input: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """One prompt as :meth:`predict_torch` takes it.
+
+        Raises:
+            RuntimeError: No image is set.
+            ValueError: Shapes do not fit, or what should be numbers is none.
+        """
         self._require_image()
         points = labels = boxes = masks = None
         if point_coords is not None:
@@ -206,10 +241,7 @@ class SamPredictor:
         if boxes is not None and not len(boxes):
             # No box, no mask; whatever points came with it belong to no object.
             points = labels = masks = None
-        outputs = self.predict_torch(points, labels, boxes, masks, multimask_output, return_logits)
-        # (1, C, ...) loses its first dimension, and (0, C, ...) becomes (0, ...).
-        masks, iou, low_res = (output.detach().flatten(0, 1).cpu().numpy() for output in outputs)
-        return masks, iou, low_res
+        return points, labels, boxes, masks
 
     def predict_torch(
         self,

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from PIL import Image
 from transformers import SamModel
 
 import carsam
@@ -118,3 +119,16 @@ def pixel_values(small_set: CalibrationSet) -> torch.Tensor:
 def input_boxes(small_set: CalibrationSet) -> torch.Tensor:
     """Its box prompts as transformers takes them, ``(1, P, 4)``."""
     return small_set.images[0].boxes[None]
+
+
+@pytest.fixture
+def photos(evaluation_folder: Path, tmp_path: Path) -> Path:
+    """A folder with ``a.png``, ``a.jpg`` (another picture) and ``b.jpg``, 96 × 64 pixels."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    with Image.open(evaluation_folder / "images" / "000000000885.jpg") as image:
+        small = image.resize((96, 64))
+    small.save(folder / "a.png")
+    small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "a.jpg")
+    small.save(folder / "b.jpg")
+    return folder

@@ -1,27 +1,44 @@
-"""``carsam predict``: masks of one image as PNG files."""
+"""``carsam predict``: masks of images, from prompts or of everything."""
 
 from __future__ import annotations
 
-import math
+import json as json_module
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carsam.commands.common import Device, open_model, out, writing
-from carsam.errors import DataError
+from carsam.commands.common import Device, err, open_model, out
+from carsam.commands.progress import Reporter
+from carsam.errors import ConfigError, DataError
+from carsam.files import write_json
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from carsam.automatic_masks import SamAutomaticMaskGenerator
+    from carsam.predict.inputs import Photo
+    from carsam.predict.prompts import Assignment, FilePrompts, Prompt
+    from carsam.predict.run import Job
     from carsam.predictor import SamPredictor
+
+logger = logging.getLogger(__name__)
+
+EVERYTHING = "Automatic masks (--everything)"
+OUTPUT = "Output"
 
 
 def predict(
     model: Annotated[
         str, typer.Argument(help="Packed folder, or a float model as for carsam quantize.", show_default=False)
     ],
-    image: Annotated[Path, typer.Argument(help="Image file.", show_default=False)],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Images: files, folders, or patterns in quotes ('photos/**/*.jpg').",
+            show_default=False,
+        ),
+    ],
     box: Annotated[
         list[str] | None,
         typer.Option(metavar="X1,Y1,X2,Y2", help="Box in pixels. Repeatable: several objects.", show_default=False),
@@ -35,108 +52,212 @@ def predict(
             show_default=False,
         ),
     ] = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the PNG files.")] = Path("."),
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts of every image: COCO instances (their boxes), or JSON lines with image, boxes, points and "
+            "labels (see the README).",
+            show_default=False,
+        ),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="Masks of everything in the image, found with a grid of points.")
+    ] = False,
+    multimask: Annotated[
+        bool, typer.Option("--multimask", help="All three masks of every prompt: part, subpart and whole.")
+    ] = False,
+    points_per_side: Annotated[
+        int | None, typer.Option(help="Points along each side.", show_default="32", min=1, rich_help_panel=EVERYTHING)
+    ] = None,
+    points_per_batch: Annotated[
+        int | None, typer.Option(help="Points at a time.", show_default="64", min=1, rich_help_panel=EVERYTHING)
+    ] = None,
+    pred_iou_thresh: Annotated[
+        float | None,
+        typer.Option(help="Lowest predicted IoU of a mask.", show_default="0.88", rich_help_panel=EVERYTHING),
+    ] = None,
+    stability_score_thresh: Annotated[
+        float | None, typer.Option(help="Lowest stability.", show_default="0.95", rich_help_panel=EVERYTHING)
+    ] = None,
+    box_nms_thresh: Annotated[
+        float | None,
+        typer.Option(help="Overlap of boxes that makes two masks one.", show_default="0.7", rich_help_panel=EVERYTHING),
+    ] = None,
+    crop_n_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="Also search crops of the image: 1 for 2 × 2, 2 for 4 × 4 too.",
+            show_default="0",
+            min=0,
+            max=4,
+            rich_help_panel=EVERYTHING,
+        ),
+    ] = None,
+    min_mask_region_area: Annotated[
+        int | None,
+        typer.Option(
+            help="Fill holes and drop pieces of fewer pixels.", show_default="0", min=0, rich_help_panel=EVERYTHING
+        ),
+    ] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the files.", rich_help_panel=OUTPUT)] = Path("."),
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="png|overlay|npz|coco",
+            help="Files to write; repeatable, or separated by commas.",
+            show_default="png,overlay",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    polygons: Annotated[
+        bool, typer.Option("--polygons", help="Polygons instead of RLE in the COCO file.", rich_help_panel=OUTPUT)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that are there.", rich_help_panel=OUTPUT)
+    ] = False,
+    json: Annotated[
+        str | None,
+        typer.Option(
+            help="Also write what was found here; - is the standard output.", show_default=False, rich_help_panel=OUTPUT
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Write masks and an overlay of one image."""
-    from PIL import Image
+    """Write masks of images: from boxes and points, or of everything.
 
-    from carsam.data.images import read_image
-    from carsam.evaluate.overlay import color_of, overlay
+    PNG masks are 255 inside and 0 outside. The overlay shows masks and prompts on the image.
+    """
+    from carsam.predict.inputs import find_photos, measure
+    from carsam.predict.outputs import read_formats
+    from carsam.predict.prompts import from_flags, read_prompts
+    from carsam.predict.run import Job
     from carsam.predictor import SamPredictor
 
-    pixels = read_image(image)
-    size = pixels.shape[:2]
-    boxes = read_boxes(box or [], size)
-    points = read_points(point or [], size)
-    if not boxes and not points:
-        raise DataError("nothing to segment; give a --box or a --point.")
-    if points and len(boxes) > 1:
-        raise DataError("points belong to one object, so only one --box can go with them.")
+    settings = {
+        "points_per_side": points_per_side,
+        "points_per_batch": points_per_batch,
+        "pred_iou_thresh": pred_iou_thresh,
+        "stability_score_thresh": stability_score_thresh,
+        "box_nms_thresh": box_nms_thresh,
+        "crop_n_layers": crop_n_layers,
+        "min_mask_region_area": min_mask_region_area,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    _check_flags(bool(box or point), prompts is not None, everything, multimask, settings)
+    wanted = read_formats(formats or ["png", "overlay"])
+    if polygons and "coco" not in wanted:
+        raise ConfigError("--polygons is about the COCO file; add --format coco.")
 
-    predictor = SamPredictor(open_model(model, device))
-    predictor.set_image(pixels)
-    picture = pixels
-    # Made in memory first: a failure leaves no file, and --out is created when there is something to put there.
-    files: list[tuple[str, np.ndarray]] = []
-    for index, prompt in enumerate(boxes or [None]):
-        mask, iou = segment(predictor, prompt, points)
-        name = f"{image.stem}_mask_{index + 1}.png"
-        files.append((name, mask.astype("uint8") * 255))
-        picture = overlay(picture, mask, color_of(index), prompt)
-        share = 100 * mask.mean()
-        out.print(f"{folder / name}  predicted IoU {iou:.3f}, {share:.1f} % of the image", markup=False, soft_wrap=True)
-    files.append((f"{image.stem}_overlay.png", picture))
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, array in files:
-            Image.fromarray(array).save(folder / name)
-    out.print(str(folder / files[-1][0]), markup=False, soft_wrap=True)
-
-
-def segment(
-    predictor: SamPredictor, box: list[float] | None, points: list[tuple[float, float, int]]
-) -> tuple[np.ndarray, float]:
-    """Mask ``(H, W)`` bool of one object, and its predicted IoU."""
-    import numpy as np
-
-    # A single point is ambiguous: SAM then answers with part, subpart and whole, and the best by its own judgement.
-    ambiguous = box is None and len(points) == 1
-    masks, iou, _ = predictor.predict(
-        point_coords=np.array([p[:2] for p in points]) if points else None,
-        point_labels=np.array([p[2] for p in points]) if points else None,
-        box=np.array(box) if box is not None else None,
-        multimask_output=ambiguous,
+    flags = from_flags(box or [], point or [])
+    file = read_prompts(prompts) if prompts is not None else None
+    photos, unreadable = measure(find_photos(inputs))
+    if not photos:
+        raise DataError(_unreadable([reason for _, reason in unreadable], len(unreadable)))
+    _check_place(folder, inputs)
+    if json not in (None, "-") and Path(json).exists() and not overwrite:
+        raise DataError(f"{json} exists already; choose another file for --json, or replace it with --overwrite.")
+    assigned = _assign(photos, flags, file)
+    console = err if json == "-" else out
+    job = Job(
+        assigned.work,
+        folder,
+        wanted,
+        multimask,
+        polygons,
+        overwrite,
+        assigned.image_ids,
+        lambda text: console.print(text, markup=False, soft_wrap=True),
     )
-    best = int(iou.argmax())
-    return masks[best], float(iou[best])
+    predictor = SamPredictor(open_model(model, device))
+    generator = _generator(predictor, settings) if everything else None
+    with Reporter("predicting") as reporter:
+        job.run(predictor, generator, reporter.images if len(photos) > 1 else lambda done, total: None)
+
+    failed = [*(reason for _, reason in unreadable), *job.failed]
+    _warn(job, generator)
+    if json is not None:
+        record = {"model": model, "images": job.records, "unreadable": failed}
+        if json == "-":
+            typer.echo(json_module.dumps(record, indent=2, allow_nan=False))
+        else:
+            write_json(json, record)
+    if failed:
+        raise DataError(_unreadable(failed, len(photos) + len(unreadable)))
 
 
-def read_boxes(texts: list[str], size: tuple[int, int]) -> list[list[float]]:
-    """Boxes XYXY, clipped to an image of size ``(h, w)``.
+def _check_flags(flags: bool, file: bool, everything: bool, multimask: bool, settings: dict[str, Any]) -> None:
+    given = [
+        name
+        for name, there in (("--box and --point", flags), ("--prompts", file), ("--everything", everything))
+        if there
+    ]
+    if not given:
+        raise DataError("nothing to segment; give a --box or a --point, a file of --prompts, or --everything.")
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other; give one of them.")
+    if everything and multimask:
+        raise ConfigError("--multimask is for prompts; --everything tries all three masks of every point anyway.")
+    if settings and not everything:
+        raise ConfigError(f"--{next(iter(settings)).replace('_', '-')} is a setting of --everything; add that flag.")
 
-    Raises:
-        DataError: One cannot be read, is upside down, or has no area inside the image.
-    """
-    from carsam.data.coco import clip_boxes
 
-    boxes = []
-    for text in texts:
-        numbers = _numbers(text, "--box", (4,), "x1,y1,x2,y2")
-        clipped, valid = clip_boxes(numbers, size)
-        if not valid[0]:
+def _check_place(folder: Path, inputs: list[str]) -> None:
+    for text in inputs:
+        path = Path(text).expanduser()
+        if path.is_dir() and path.resolve() == folder.resolve():
             raise DataError(
-                f"the box {text} has no area inside the image, which is {size[1]} × {size[0]} pixels (width × "
-                "height); a box is x1,y1,x2,y2 with x1 < x2 and y1 < y2."
+                f"the output folder {folder} is also the folder of images, where masks would be taken for images next "
+                "time; choose another with --out."
             )
-        boxes.append(clipped[0].tolist())
-    return boxes
 
 
-def read_points(texts: list[str], size: tuple[int, int]) -> list[tuple[float, float, int]]:
-    """Points (x, y, label) in an image of size ``(h, w)``.
+def _assign(photos: list[Photo], flags: list[Prompt], file: FilePrompts | None) -> Assignment:
+    from carsam.predict.prompts import Assignment, check
 
-    Raises:
-        DataError: One cannot be read or lies outside the image, or no point is inside the object.
-    """
-    points = []
-    for text in texts:
-        x, y, label = [*_numbers(text, "--point", (2, 3), "x,y or x,y,label"), 1.0][:3]
-        if not (0 <= x <= size[1] and 0 <= y <= size[0]):
-            raise DataError(
-                f"the point {text} lies outside the image, which is {size[1]} × {size[0]} pixels (width × height)."
-            )
-        if label not in (0, 1):
-            raise DataError(f"the point {text} has the label {label:g}; write 1 for inside the object, 0 for outside.")
-        points.append((x, y, int(label)))
-    return points
+    if file is None:
+        return Assignment([(photo, check(flags, photo)) for photo in photos])
+    assigned = file.assign(photos)
+    if assigned.without:
+        logger.warning("%d of %d images have no prompts in %s, left out.", assigned.without, len(photos), file.path)
+    if assigned.absent:
+        logger.warning("%d of the %d images in %s are not given.", assigned.absent, len(file.by_name), file.path)
+    return assigned
 
 
-def _numbers(text: str, flag: str, counts: tuple[int, ...], form: str) -> list[float]:
+def _generator(predictor: SamPredictor, settings: dict[str, Any]) -> SamAutomaticMaskGenerator:
+    from carsam.automatic_masks import SamAutomaticMaskGenerator
+
     try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in counts or not all(map(math.isfinite, numbers)):
-        raise DataError(f"cannot read {flag} {text!r}; write it as {form}.")
-    return numbers
+        return SamAutomaticMaskGenerator(predictor.model, **settings, output_mode="uncompressed_rle")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _warn(job: Job, generator: SamAutomaticMaskGenerator | None) -> None:
+    job.notes.log(logger, len(job.work))
+    if generator is not None and job.without_masks:
+        logger.warning(
+            "no mask in %d of %d images reaches a predicted IoU of %g and a stability of %g; lower "
+            "--pred-iou-thresh and --stability-score-thresh (small or 4-bit models are less sure than SAM ViT-H, for "
+            "which the defaults were made).",
+            job.without_masks,
+            len(job.records),
+            generator.pred_iou_thresh,
+            generator.stability_score_thresh,
+        )
+    if job.empty:
+        logger.warning("%d masks have no pixel and are not in the COCO file.", job.empty)
+    if job.stale:
+        logger.warning(
+            "%d files of an earlier prediction of these images are still there, such as %s.",
+            len(job.stale),
+            job.stale[0],
+        )
+
+
+def _unreadable(reasons: list[str], total: int) -> str:
+    if total == 1:
+        return reasons[0]
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return f"{len(reasons)} of {total} images could not be read: {' '.join(reasons[:3])}{more}"

@@ -39,7 +39,7 @@ class ImageFolder:
 
     def similar(self, name: str) -> Path | None:
         """The only file whose name can be meant."""
-        parts = _parts(name)
+        parts = name_parts(name)
         for start in range(len(parts)):
             found = self._by_path.get("/".join(parts[start:]), ())
             if len(found) == 1:
@@ -51,7 +51,7 @@ class ImageFolder:
 
     def reason(self, name: str) -> str:
         """Why a name was not found, as far as the folder tells; empty where it does not."""
-        parts = _parts(name)
+        parts = name_parts(name)
         found = self._by_name.get(parts[-1], ()) if parts else ()
         if len(found) > 1:
             return f"several files fit: {found[0]}, {found[1]}"
@@ -86,13 +86,13 @@ class ImageFolder:
 def _index(files: list[str], key) -> dict[str, list[str]]:
     index: dict[str, list[str]] = defaultdict(list)
     for file in files:
-        parts = _parts(file)
+        parts = name_parts(file)
         if parts:
             index[key(parts)].append(file)
     return index
 
 
-def _parts(name: str) -> list[str]:
+def name_parts(name: str) -> list[str]:
     """A path's parts in one spelling: without drive and dots, in lower case, composed, percent codes resolved."""
     plain = unicodedata.normalize("NFC", unquote(name).replace("\\", "/")).casefold()
     return [part for part in plain.split("/") if part not in ("", ".", "..") and not part.endswith(":")]

@@ -36,6 +36,22 @@ def read_json(path: str | Path) -> Any:
     Raises:
         DataError: The file is missing, unreadable, larger than 4 GiB, in another encoding or format, or is no JSON.
     """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise DataError(f"{path} is not valid JSON for carsam: it is nested too deeply.") from None
+    except ValueError as error:
+        # Also Python's refusal of numbers with thousands of digits.
+        raise DataError(f"{path} is not valid JSON ({error}); {_hint(error)}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """Reads the text of a JSON file.
+
+    Raises:
+        DataError: As :func:`read_json`, but for text that is no JSON.
+    """
     path = Path(path)
     data = _read_bytes(path)
     if data.startswith(_GZIP):
@@ -45,15 +61,7 @@ def read_json(path: str | Path) -> Any:
             raise DataError(f"{path} {what}.")
     if not data.strip(b" \t\r\n\0"):
         raise DataError(f"{path} is empty.")
-    text = _decoded(data, path)
-    del data
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise DataError(f"{path} is not valid JSON for carsam: it is nested too deeply.") from None
-    except ValueError as error:
-        # Also Python's refusal of numbers with thousands of digits.
-        raise DataError(f"{path} is not valid JSON ({error}); {_hint(error)}") from error
+    return _decoded(data, path)
 
 
 def _hint(error: ValueError) -> str:

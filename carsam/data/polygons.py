@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-# The edges around a pixel, clockwise: where the neighbour lies (row, column), and the corner (x, y) that the edge starts
-# from. Every edge ends where the next one of the same pixel starts.
+# The edges around a pixel, clockwise: where the neighbour lies (row, column), and the corner (x, y) that the edge
+# starts from. Every edge ends where the next one of the same pixel starts.
 _EDGES = (((-1, 0), (0, 0)), ((0, 1), (1, 0)), ((1, 0), (1, 1)), ((0, -1), (0, 1)))
 
 
@@ -33,7 +33,7 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
     for first in outer:
         codes = np.array([starts[edge] for edge in _walk(first, following)])
         corners = _turns(np.stack([codes % stride, codes // stride], axis=1))
-        polygons.append((corners + (left, top)).ravel().astype(float).tolist())
+        polygons.append((corners + np.array([left, top])).ravel().astype(float).tolist())
     return polygons
 
 

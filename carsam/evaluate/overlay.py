@@ -66,7 +66,7 @@ def overlay(
     picture[mask & _grow(~mask, width)] = color
     if box is not None:
         canvas = Image.fromarray(picture)
-        _dashed_box(ImageDraw.Draw(canvas), box, color, width)
+        draw_box(ImageDraw.Draw(canvas), box, color, width)
         picture = np.array(canvas)
     return picture
 
@@ -115,7 +115,7 @@ def _draw(image: np.ndarray, masks: Sequence[np.ndarray], boxes: Sequence[Sequen
         image = overlay(image, masks[i], color_of(i))
     canvas = Image.fromarray(image)
     for i, box in enumerate(boxes):
-        _dashed_box(ImageDraw.Draw(canvas), box, color_of(i), max(2, round(max(image.shape[:2]) / 250)))
+        draw_box(ImageDraw.Draw(canvas), box, color_of(i), max(2, round(max(image.shape[:2]) / 250)))
     return np.array(canvas)
 
 
@@ -161,7 +161,7 @@ def _grow(mask: np.ndarray, pixels: int) -> np.ndarray:
     return mask
 
 
-def _dashed_box(draw: ImageDraw.ImageDraw, box: Sequence[float], color: Color, width: int) -> None:
+def draw_box(draw: ImageDraw.ImageDraw, box: Sequence[float], color: Color, width: int) -> None:
     """Dashed: a solid box reads like the contour of a mask."""
     x0, y0, x1, y1 = (float(v) for v in box)
     dash = 4.0 * width + 4

@@ -81,8 +81,8 @@ def test_predict(kind, made, nano_folder, carsam_cli, evaluation_folder, tmp_pat
 def test_predict_points_are_one_object(made, carsam_cli, evaluation_folder, tmp_path):
     image = sorted((evaluation_folder / "images").iterdir())[0]
     points = ["--point", "100,100", "--point", "20,30,0"]
-    for flags in (points, points[:2], [*points, "--box", "10,20,200,220"]):
-        result = carsam_cli("predict", made[0], image, *flags, "--out", tmp_path)
+    for i, flags in enumerate((points, points[:2], [*points, "--box", "10,20,200,220"])):
+        result = carsam_cli("predict", made[0], image, *flags, "--out", tmp_path / str(i))
         assert result.exit_code == 0, result.output
         assert result.stdout.count("predicted IoU") == 1
 

@@ -1,0 +1,1 @@
+"""What ``carsam predict`` does: inputs, prompts, masks, outputs."""
