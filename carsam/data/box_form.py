@@ -18,6 +18,8 @@ MIN_IOU, MIN_DISTANCE = 0.5, 4.0
 SAME_IOU = 0.75
 # Outside the image by more than this share of it: rounding and loose annotation stay below.
 OUTSIDE = 0.1
+# So many boxes are needed to conclude from the borders alone that they are XYXY, or of images of another size.
+MIN_BOXES = (4, 10)
 
 logger = logging.getLogger(__name__)
 
@@ -155,10 +157,11 @@ def _check_borders(samples: Sequence[BoxSample], source: str) -> None:
         f"bbox {[round(v, 2) for v in first.bbox]}, image {first.size[1]} × {first.size[0]})"
     )
     turned = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & ~_outside(boxes, sizes)
-    if outside.sum() <= len(samples) / 2:
-        logger.warning("%s; they are cut off at its border.", counted)
-    elif turned.all():
+    most = outside.sum() > len(samples) / 2
+    if most and turned.all() and len(samples) >= MIN_BOXES[0]:
         raise DataError(f"{counted}; they look like x1, y1, x2, y2, but COCO needs x, y, width, height: {_WIDTH}.")
+    if not most or len(samples) < MIN_BOXES[1]:
+        logger.warning("%s; they are cut off at its border.", counted)
     else:
         raise DataError(f"{counted}; were they made for images of another size?")
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,20 @@ import torch
 from torch import Tensor
 from transformers import SamModel
 
+from carsam.data.checks import check_calibration_boxes, log_respelled, oriented
 from carsam.data.coco import CocoImage, CocoInstances, clean_boxes
-from carsam.data.images import SkippedImage, list_images, read_image, require_images
+from carsam.data.image_file import read_header
+from carsam.data.image_folder import ImageFolder, locate
+from carsam.data.images import SkippedImage, list_images, log_skipped, read_image, require_images
+from carsam.data.notes import Notes
 from carsam.data.proposals import grid_boxes, propose_boxes
 from carsam.data.transforms import Geometry, Preprocessor
 from carsam.errors import ConfigError, DataError
 
 # Smaller objects are noise at SAM's resolution of one mask cell for 4 × 4 input pixels.
 MIN_BOX_AREA = 100.0
+# Boxes of an image whose size the file leaves out are clipped when its header is read.
+UNKNOWN_SIZE = (10**9, 10**9)
 
 logger = logging.getLogger(__name__)
 
@@ -110,19 +116,22 @@ def calibration_set(
     preprocess = Preprocessor.for_model(model)
     chosen: list[CalibrationImage] = []
     skipped: list[SkippedImage] = []
+    notes = Notes()
     for candidate in candidates:
         if len(chosen) == n_images:
             break
         try:
-            pixel_values, geometry = preprocess(candidate.read())
+            pixels, source = candidate.read(notes)
         except DataError as error:
-            logger.warning("calibration image skipped: %s", error)
             skipped.append(SkippedImage(candidate.path, str(error)))
             continue
+        pixel_values, geometry = preprocess(pixels)
         rng = random.Random(f"{seed}/{candidate.path.name}")
-        boxes = candidate.boxes(pixel_values, geometry, boxes_per_image, rng)
+        boxes = source(pixel_values, geometry, boxes_per_image, rng)
         chosen.append(CalibrationImage(candidate.path.name, pixel_values, boxes))
 
+    log_skipped(skipped, "calibration images")
+    notes.log(logger, len(chosen), "calibration images")
     require_images(len(chosen), minimum, skipped, where=str(images))
     if len(chosen) < n_images:
         logger.warning("%d calibration images instead of %d: there are no more usable ones.", len(chosen), n_images)
@@ -135,9 +144,10 @@ BoxSource = Callable[[Tensor, Geometry, int, random.Random], Tensor]
 
 @dataclass(frozen=True)
 class _Candidate:
+    """An image that may be chosen: ``read`` gives its pixels ``(H, W, 3)`` and where its boxes come from."""
+
     path: Path
-    read: Callable[[], np.ndarray]
-    boxes: BoxSource
+    read: Callable[[Notes], tuple[np.ndarray, BoxSource]]
 
 
 def _folder_candidates(model: SamModel, folder: str | Path, box_source: str) -> list[_Candidate]:
@@ -149,39 +159,61 @@ def _folder_candidates(model: SamModel, folder: str | Path, box_source: str) -> 
         return grid_boxes(geometry.input_size, count)
 
     source = auto if box_source == "auto" else grid
-    return [_Candidate(path, _reader(path), source) for path in list_images(folder)]
+    return [_unannotated(path, source) for path in list_images(folder)]
 
 
-def _reader(path: Path) -> Callable[[], np.ndarray]:
-    return lambda: read_image(path)
+def _unannotated(path: Path, source: BoxSource) -> _Candidate:
+    return _Candidate(path, lambda notes: (read_image(path, notes=notes), source))
 
 
 def _coco_candidates(coco: str | Path, folder: str | Path) -> list[_Candidate]:
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"there is no image folder {folder}.")
+    images = ImageFolder(folder)
     instances = CocoInstances.from_file(coco)
-    candidates = list(_with_boxes(instances, folder))
+    candidates = [_annotated(instances, image, images) for image in _with_boxes(instances, images)]
+    check_calibration_boxes(instances)
     if not candidates:
         raise DataError(f"no image in {coco} has an object with a box of at least {MIN_BOX_AREA:.0f} px².")
     return candidates
 
 
-def _with_boxes(instances: CocoInstances, folder: Path) -> Iterator[_Candidate]:
-    for image in sorted(instances.images, key=lambda i: i.file_name):
-        boxes, _ = clean_boxes(instances.boxes(image.id), image.size)
-        boxes = np.unique(boxes, axis=0)
-        boxes = boxes[(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) >= MIN_BOX_AREA]
-        if len(boxes):
-            yield _annotated(instances, image, folder, boxes)
+def _with_boxes(instances: CocoInstances, folder: ImageFolder) -> Iterator[CocoImage]:
+    """The images with a usable box, sorted by name, with their files where they are there.
+
+    Raises:
+        DataError: None of them is there.
+    """
+    usable = [image for image in instances.images if len(_usable_boxes(instances, image))]
+    found, respelled = locate(usable, folder, instances.path, some_missing=True)
+    log_respelled(respelled, found, len(usable))
+    for image in sorted(usable, key=lambda i: i.file_name):
+        yield replace(image, path=found.get(image.id))
 
 
-def _annotated(instances: CocoInstances, image: CocoImage, folder: Path, boxes: np.ndarray) -> _Candidate:
-    def choose(pixel_values: Tensor, geometry: Geometry, count: int, rng: random.Random) -> Tensor:
-        chosen = sorted(rng.sample(range(len(boxes)), min(count, len(boxes))))
-        return torch.from_numpy(geometry.boxes_to_input(boxes[chosen])).float()
+def _usable_boxes(instances: CocoInstances, image: CocoImage) -> np.ndarray:
+    """Different boxes ``(N, 4)`` XYXY of an image, clipped to it where its size is known, of a usable area."""
+    boxes, _ = clean_boxes(instances.boxes(image.id), image.size if image.height is not None else UNKNOWN_SIZE)
+    boxes = np.unique(boxes, axis=0)
+    return boxes[(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) >= MIN_BOX_AREA]
 
-    return _Candidate(folder / image.file_name, lambda: instances.read_image(image, folder), choose)
+
+def _annotated(instances: CocoInstances, image: CocoImage, folder: ImageFolder) -> _Candidate:
+    def read(notes: Notes) -> tuple[np.ndarray, BoxSource]:
+        if image.path is None:
+            raise DataError(f"there is no image {folder.folder / image.file_name}.")
+        header = read_header(image.path)
+        known = oriented(image, image.path, header, instances.annotations[image.id], notes)
+        pixels = read_image(image.path, apply_exif=known.upright is not False, notes=notes)
+        boxes = _usable_boxes(instances, known)
+        if not len(boxes):
+            raise DataError(f"{image.path} has no object with a box of at least {MIN_BOX_AREA:.0f} px² inside it.")
+
+        def choose(pixel_values: Tensor, geometry: Geometry, count: int, rng: random.Random) -> Tensor:
+            chosen = sorted(rng.sample(range(len(boxes)), min(count, len(boxes))))
+            return torch.from_numpy(geometry.boxes_to_input(boxes[chosen])).float()
+
+        return pixels, choose
+
+    return _Candidate(image.path or folder.folder / image.file_name, read)
 
 
 def _fingerprint(images: list[CalibrationImage]) -> str:

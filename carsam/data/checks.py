@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from carsam.data.annotations import CocoAnnotation, CocoImage, Id
+from carsam.data.annotations import CocoAnnotation, CocoImage, Id, counterpart
 from carsam.data.box_form import BoxSample, check_boxes
-from carsam.data.boxes import xywh_to_xyxy
+from carsam.data.boxes import clip_boxes, xywh_to_xyxy
 from carsam.data.coco import CocoInstances
+from carsam.data.detections import Detection
 from carsam.data.image_file import Header, check_whole, read_header
 from carsam.data.image_folder import ImageFolder, locate
 from carsam.data.masks import tight_box
@@ -21,6 +23,8 @@ from carsam.errors import DataError
 
 # So many images are decoded once to see whether they are whole; of more, only the ends of the files are looked at.
 MAX_DECODED = 200
+# Boxes of a calibration that are compared with masks.
+MAX_COMPARED = 500
 
 AMBIGUOUS = (
     "have an EXIF orientation that leaves the size as it is, so nothing tells whether the annotations follow it; they "
@@ -53,11 +57,7 @@ def check_images(instances: CocoInstances, images: Sequence[CocoImage], folder: 
             are of another form; or no object has a mask.
     """
     found, respelled = locate(images, ImageFolder(folder), instances.path)
-    if respelled:
-        logger.warning(
-            "%d of %d images were found under another spelling of their name (first: %r is %s).",
-            *(len(respelled), len(images), respelled[0].file_name, found[respelled[0].id]),
-        )
+    log_respelled(respelled, found, len(images))
     notes = Notes()
     checked = _each(images, lambda image: _with_header(instances, image, found[image.id], notes), instances.path)
     decode = len(images) <= MAX_DECODED
@@ -65,11 +65,20 @@ def check_images(instances: CocoInstances, images: Sequence[CocoImage], folder: 
     notes.log(logger, len(images))
     annotations = _with_masks(instances, checked)
     ready = CocoInstances(instances.path, tuple(checked), annotations, instances.categories)
-    check_boxes(list(_box_samples(ready)), str(instances.path))
+    check_boxes([_sample(ready, i, a) for i in checked for a in ready.instances(i.id)], str(instances.path))
     return ready
 
 
-def _each(images: Iterable[CocoImage], check, source: Path) -> list:
+def log_respelled(images: Sequence[CocoImage], paths: dict[Id, Path], total: int) -> None:
+    """Logs one warning about images that were found under another spelling of their name."""
+    if images:
+        logger.warning(
+            "%d of %d images were found under another spelling of their name (first: %r is %s).",
+            *(len(images), total, images[0].file_name, paths[images[0].id]),
+        )
+
+
+def _each(images: Iterable[CocoImage], check: Callable[[CocoImage], Any], source: Path) -> list[Any]:
     """Results of a check over all images; all failures are reported together."""
     results, errors = [], []
     for image in images:
@@ -165,15 +174,57 @@ def _with_masks(instances: CocoInstances, images: Sequence[CocoImage]) -> dict[I
             f"none of the {lost} objects in {instances.path} has a mask (segmentation), which an evaluation needs; "
             "boxes alone can serve as prompts of a calibration."
         )
-    groups = f" and {crowds} of its groups (iscrowd)" if crowds else ""
+    parts = [f"{lost} of {lost + objects} objects"] if lost else []
+    parts += [f"{crowds} groups (iscrowd)"] if crowds else []
     logger.warning(
-        "%d of the %d objects%s in %s have no mask and are left out (first: annotation %s).",
-        *(lost, lost + objects, groups, instances.path, left_out[0].id),
+        "left out, because they have no mask: %s in %s (first: annotation %s).",
+        *(" and ".join(parts), instances.path, left_out[0].id),
     )
     return kept
 
 
-def _box_samples(instances: CocoInstances) -> Iterable[BoxSample]:
-    for image in instances.images:
-        for a in instances.instances(image.id):
-            yield BoxSample(f"annotation {a.id}", a.bbox, image.size, tight_box(a.rle))
+def check_calibration_boxes(instances: CocoInstances) -> None:
+    """Compares boxes that will be prompts with their masks, where they have some; of many, with evenly chosen ones.
+
+    Raises:
+        DataError: Most of them are of another form than COCO's.
+    """
+    pairs = [(image, a) for image in instances.images if image.height for a in instances.instances(image.id)]
+    check_boxes([_sample(instances, *pair) for pair in pairs[:: 1 + len(pairs) // MAX_COMPARED]], str(instances.path))
+
+
+def _sample(instances: CocoInstances, image: CocoImage, annotation: CocoAnnotation) -> BoxSample:
+    try:
+        rle = instances.rle_or_none(annotation, image)
+    except DataError:
+        rle = None  # a calibration needs no mask
+    box = tight_box(rle) if rle is not None else None
+    return BoxSample(f"annotation {annotation.id}", annotation.bbox, image.size, box)
+
+
+def check_detections(detections: Sequence[Detection], instances: CocoInstances, path: str | Path) -> None:
+    """Checks that the ids of detections can match, and that their boxes have COCO's form.
+
+    Args:
+        detections: Results of a detector.
+        instances: The annotations, checked; detections of other images are not looked at.
+        path: The detections' file, for messages.
+
+    Raises:
+        DataError: An id is a number in one file and text in the other, or most boxes are of another form.
+    """
+    images = {image.id: image for image in instances.images}
+    categories = {category.id for category in instances.categories}
+    samples = []
+    for i, d in enumerate(detections):
+        for what, value, known in (("image_id", d.image_id, images), ("category_id", d.category_id, categories)):
+            if value not in known and counterpart(value) in known:
+                raise DataError(
+                    f"detection {i} in {path} has the {what} {value!r}, but {instances.path} has "
+                    f"{counterpart(value)!r}: a number and a text never match; write both as numbers."
+                )
+        image = images.get(d.image_id)
+        # Boxes wholly outside are dropped and counted later.
+        if image is not None and clip_boxes(xywh_to_xyxy([d.bbox]), image.size)[1].all():
+            samples.append(BoxSample(f"detection {i}", d.bbox, image.size))
+    check_boxes(samples[:: 1 + len(samples) // MAX_COMPARED], str(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import unquote
@@ -83,7 +83,7 @@ class ImageFolder:
         return _index(self._files, lambda parts: parts[-1].rpartition(".")[0])
 
 
-def _index(files: list[str], key) -> dict[str, list[str]]:
+def _index(files: list[str], key: Callable[[list[str]], str]) -> dict[str, list[str]]:
     index: dict[str, list[str]] = defaultdict(list)
     for file in files:
         parts = name_parts(file)

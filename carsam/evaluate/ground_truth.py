@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from carsam.data.checks import check_images
+from carsam.data.checks import check_detections, check_images
 from carsam.data.coco import CocoAnnotation, CocoImage, CocoInstances, clip_boxes, load_detections, xywh_to_xyxy
 from carsam.errors import DataError
 from carsam.evaluate.average_precision import Rle, TrueObject
@@ -166,6 +166,7 @@ def _xyxy(box: tuple[float, float, float, float]) -> tuple[float, float, float, 
 
 def _detection_prompts(truth: GroundTruth, path: str | Path) -> list[list[Prompt]]:
     detections = load_detections(path)
+    check_detections(detections, truth.instances, path)
     positions = {image.id: i for i, image in enumerate(truth.images)}
     here = [d for d in detections if d.image_id in positions]
     annotated = truth.instances.path
