@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,7 +32,7 @@ CACHE_VARIABLE = "CARSAM_CACHE"
 _LINES, _ABOUT, _LOCK = "images.jsonl", "about.json", "lock"
 # Nobody goes on with an evaluation of last month; its journal would stay for ever.
 _KEPT_SECONDS = 30 * 24 * 3600
-_CHECKSUM = 16
+_KEY, _CHECKSUM = 32, 16
 _PACKAGES = ("torch", "transformers", "numpy", "pillow", "pycocotools")
 
 
@@ -69,7 +68,7 @@ class Journals:
             The journal; None, after a logged warning, where nothing can be kept.
         """
         digests = {name: fingerprint(value) for name, value in parts.items()}
-        folder = self._folder / fingerprint(digests)[:32]
+        folder = self._folder / fingerprint(digests)[:_KEY]
         try:
             self._clear_old()
             folder.mkdir(parents=True, exist_ok=True)
@@ -111,21 +110,23 @@ class Journals:
         for journal in self._opened:
             journal.close()
             if kind is None:
-                shutil.rmtree(journal.folder, ignore_errors=True)
+                _remove(journal.folder)
         self._opened.clear()
         if kind is None:
             with suppress(OSError):
                 self._folder.rmdir()  # only if it is empty
 
     def _others(self) -> list[Path]:
+        """Folders of other journals: those whose name and files are as carsam makes them."""
         opened = {journal.folder for journal in self._opened}
-        return [path.parent for path in self._folder.glob(f"*/{_LINES}") if path.parent not in opened]
+        found = [path.parent for path in self._folder.glob(f"{'[0-9a-f]' * _KEY}/{_LINES}")]
+        return [folder for folder in found if folder not in opened and (folder / _ABOUT).is_file()]
 
     def _clear_old(self) -> None:
         for folder in self._others():
             with suppress(OSError):
                 if time.time() - (folder / _LINES).stat().st_mtime > _KEPT_SECONDS:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(folder)
 
     def _tell_what_differs(self, digests: dict[str, str]) -> None:
         """Names what keeps an interrupted evaluation of the same annotations or model from being continued."""
@@ -254,6 +255,14 @@ def evaluation_parts(
         "device or thread count": [str(model.device.type), torch.get_num_threads()],
         "version of carsam, torch or transformers": [_code(), versions],
     }
+
+
+def _remove(folder: Path) -> None:
+    """Removes a journal, and nothing that somebody else may have put beside it."""
+    with suppress(OSError):
+        for name in (_LINES, _ABOUT, _LOCK):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _code() -> str:

@@ -212,13 +212,20 @@ def test_two_at_once(nano, data, tmp_path, caplog):
     assert result == evaluate_coco(nano, *data)
 
 
-def test_old_journals_go(nano, data, tmp_path):
-    lines = interrupted(evaluate_coco, nano, data, tmp_path / "cache")
+def test_old_journals_go_and_nothing_else(nano, data, tmp_path):
+    """Also where the cache is a folder in which somebody keeps files of their own."""
+    folder = tmp_path / "cache"
+    lines = interrupted(evaluate_coco, nano, data, folder)
+    others = [folder / "a" / "images.jsonl", folder / ("0" * 32) / "images.jsonl", lines.parent / "thesis.tex"]
     month = time.time() - 32 * 24 * 3600
-    os.utime(lines, (month, month))
-    with Journals(tmp_path / "cache") as journals:
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("years of work")
+    for path in (lines, *others):
+        os.utime(path, (month, month))
+    with Journals(folder) as journals:
         evaluate_coco(nano, *data, limit=1, journals=journals)
-    assert not (tmp_path / "cache").exists()
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted(others)
 
 
 def test_cache_folder(monkeypatch, tmp_path):

@@ -1,0 +1,161 @@
+"""Speed and memory of evaluation and prediction.
+
+    python benchmarks/evaluation.py                      # a few minutes on two cores
+    python benchmarks/evaluation.py --model vit-b --images 0    # SAM-B's architecture, random weights, speed only
+
+Three rows. The first two evaluate and predict the embedded evaluation images with the whole model. The third is a long
+evaluation: the embedded images again and again under other names, up to ``--images``, with the image encoder replaced
+by a stub that returns the embeddings of the first image (so its speed says nothing about a model; its memory does).
+Memory growth is counted from the 100th image to the end, APs and intervals included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import SamModel
+
+import carsam.predictor
+from carsam.data.coco import CocoInstances, clean_boxes
+from carsam.evaluate import coco_metrics
+from carsam.evaluate.coco_metrics import evaluate_coco
+from carsam.evaluate.journal import Journals
+from carsam.measure import peak_memory
+from carsam.models.load import load_model
+from carsam.models.random_init import random_sam
+from carsam.predictor import SamPredictor
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
+EVALUATION = EMBEDDED / "images" / "evaluation"
+# Images after which everything that is allocated once has been.
+WARM = 100
+
+
+class Clock:
+    """Seconds spent in the functions that it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wrap(self, function: Callable) -> Callable:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - started
+            return result
+
+        return timed
+
+
+@contextmanager
+def model_timed(module: Any, encode: Callable | None = None) -> Iterator[Clock]:
+    """Times encoder and decoder where ``module`` calls them; ``encode`` takes the encoder's place."""
+    clock = Clock()
+    before = module.encode_image, module.predict_logits
+    module.encode_image = clock.wrap(encode or before[0])
+    module.predict_logits = clock.wrap(before[1])
+    try:
+        yield clock
+    finally:
+        module.encode_image, module.predict_logits = before
+
+
+def row(name: str, images: int, prompts: int, seconds: float, clock: Clock, growth: str = "-") -> None:
+    outside = 100 * (1 - clock.seconds / seconds)
+    print(f"| {name} | {images} | {prompts} | {images / seconds:.2f} | {outside:.0f} % | {growth} |", flush=True)
+
+
+def evaluation(model: SamModel) -> None:
+    evaluate_coco(model, EVALUATION / "instances.json", EVALUATION / "images", limit=1)
+    with model_timed(coco_metrics) as clock:
+        started = time.perf_counter()
+        result = evaluate_coco(model, EVALUATION / "instances.json", EVALUATION / "images")
+        seconds = time.perf_counter() - started
+    row("evaluate", result.n_images, result.n_prompts, seconds, clock)
+
+
+def prediction(model: SamModel) -> None:
+    """As the readme shows it: one image, then a call for each box."""
+    instances = CocoInstances.from_file(EVALUATION / "instances.json")
+    predictor = SamPredictor(model)
+    prompts = 0
+    with model_timed(carsam.predictor) as clock:
+        started = time.perf_counter()
+        for image in instances.images:
+            predictor.set_image(instances.read_image(image, EVALUATION / "images"))
+            for box in clean_boxes(instances.boxes(image.id), image.size)[0]:
+                predictor.predict(box=box, multimask_output=False)
+                prompts += 1
+        seconds = time.perf_counter() - started
+    row("SamPredictor", len(instances.images), prompts, seconds, clock)
+
+
+def repeated(folder: Path, count: int) -> Path:
+    """A COCO file of ``count`` images: links to the embedded ones, with their objects."""
+    content = json.loads((EVALUATION / "instances.json").read_text())
+    images, annotations = content["images"], content["annotations"]
+    found: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
+    for i in range(count):
+        image = images[i % len(images)]
+        name = f"{i:06d}{Path(image['file_name']).suffix}"
+        os.symlink(EVALUATION / "images" / image["file_name"], folder / name)
+        found["images"].append({**image, "id": i + 1, "file_name": name})
+        for annotation in annotations:
+            if annotation["image_id"] == image["id"]:
+                found["annotations"].append({**annotation, "id": len(found["annotations"]) + 1, "image_id": i + 1})
+    (folder / "instances.json").write_text(json.dumps({**content, **found}))
+    return folder / "instances.json"
+
+
+def long_evaluation(model: SamModel, count: int) -> None:
+    embeddings = model.get_image_embeddings(torch.zeros(1, 3, *2 * [model.config.vision_config.image_size]))
+    peaks: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        if done == min(WARM, total):
+            peaks.append(peak_memory())
+
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
+        coco = repeated(Path(folder), count)
+        with model_timed(coco_metrics, lambda model, pixels: embeddings) as clock:
+            started = time.perf_counter()
+            with Journals(cache) as journals:
+                result = evaluate_coco(model, coco, folder, journals=journals, progress=progress)
+                size = sum(path.stat().st_size for path in Path(cache).rglob("*.jsonl"))
+            seconds = time.perf_counter() - started
+    growth = f"{(peak_memory() - peaks[0]) / 1e6:.0f} MB of {peak_memory() / 1e6:.0f} MB"
+    row("evaluate, encoder stubbed", result.n_images, result.n_prompts, seconds, clock, growth)
+    print(f"\nKept for resuming until the end: {size / 1e6:.1f} MB on disk.")
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="embedded, vit-b, vit-l or vit-h (random weights)")
+    parser.add_argument("--images", type=int, default=5000, help="of the long evaluation; 0 leaves it out")
+    arguments = parser.parse_args()
+    if arguments.model == "embedded":
+        model = load_model(EMBEDDED / "sam-nano-256")
+    else:
+        model = random_sam(arguments.model).requires_grad_(False)
+    print("| what | images | prompts | images/s | share of time outside the model | memory growth |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    evaluation(model)
+    prediction(model)
+    if arguments.images:
+        long_evaluation(model, arguments.images)
+
+
+if __name__ == "__main__":
+    main()
