@@ -15,9 +15,10 @@ from transformers import SamModel
 from carsam.data.transforms import Geometry, Preprocessor
 from carsam.errors import CheckpointError, ConfigError, DataError, DeviceError
 from carsam.evaluate.average_precision import OFFICIAL_CAP, Precision, Prediction, Rle, average_precision
-from carsam.evaluate.ground_truth import GroundTruth, Prompt, box_prompts
+from carsam.evaluate.ground_truth import GroundTruth
 from carsam.evaluate.intervals import mean_interval
 from carsam.evaluate.journal import Journal, Journals, evaluation_parts
+from carsam.evaluate.prompts import Prompt, box_prompts
 from carsam.evaluate.scores import CocoResult, ImageScore, few_objects_note, score_text
 from carsam.models.load import resolve_device
 from carsam.predictor import encode_image, predict_logits
