@@ -34,14 +34,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, is not YAML, or holds no settings.
     """
-    import yaml
+    from carsam import reading
 
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"the recipe {path} is not valid YAML: {error}") from error
+    values = reading.read_yaml(path, "give a recipe.yaml that carsam quantize wrote", error=ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"the recipe {path} holds no settings; give a recipe.yaml that carsam quantize wrote.")
     return values
@@ -53,7 +48,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: One is not ``key=value``, or its value is not YAML.
     """
-    import yaml
+    from carsam.reading import parse_yaml
 
     settings: dict[str, Any] = {}
     for assignment in assignments:
@@ -61,10 +56,9 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         path = key.strip().split(".")
         if not equals or not all(path):
             raise ConfigError(f"cannot read --set {assignment!r}; write it as key=value or key.sub=value.")
-        try:
-            value = float(text) if _NUMBER.fullmatch(text.strip()) else yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"cannot read the value of --set {assignment!r} as YAML: {error}") from error
+        number = _NUMBER.fullmatch(text.strip())
+        fix = "write it as YAML, as 0.3 or true or '{a: 1}'"
+        value = float(text) if number else parse_yaml(text, f"--set {assignment!r}", fix, error=ConfigError)
         for part in reversed(path):
             value = {part: value}
         settings = _merge(settings, value)

@@ -35,3 +35,7 @@ def report(
         )
     if made.left_out:
         err.print(f"{made.left_out} pictures left out to keep the file small.", markup=False, soft_wrap=True)
+    if made.refused:
+        name, reason = next(iter(made.refused.items()))
+        more = f", nor are {len(made.refused) - 1} others" if len(made.refused) > 1 else ""
+        err.print(f"warning: the picture {name} is not shown: {reason}{more}.", markup=False, soft_wrap=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import SamModel
 
 from carsam.calibrate.ranges import calibrate
@@ -23,8 +22,10 @@ from carsam.models.sites import Sites, find_sites
 from carsam.pack.checkpoint import CHECKSUMS, RECIPE, is_packed, load
 from carsam.pack.layers import PackedLayer
 from carsam.quantizers import ActivationQuantizer, UniformSoftmax
+from carsam.reading import read_yaml
 from carsam.reconstruct.walk import fit_weights, quantized_layers
 
+_FIX = "get the folder again"
 # Stay in floating point and are changed by no method: equal up to FP16 in a packed model and its float original.
 ANCHORS = ("mask_decoder.mask_tokens.weight", "mask_decoder.iou_token.weight", "prompt_encoder.point_embed.2.weight")
 
@@ -74,8 +75,11 @@ def open_pair(float_model: str | Path, quantized: str | Path, device: str | torc
     if not is_packed(folder) and not (folder / CHECKSUMS).exists():
         raise CheckpointError(f"{quantized} is not a packed carsam model; give the folder that carsam quantize wrote.")
     packed = load(folder, device=device)
-    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    method = create(recipe["method"], recipe["settings"])
+    recipe = read_yaml(folder / RECIPE, _FIX, error=CheckpointError)
+    name, settings = (recipe.get(key) for key in ("method", "settings")) if isinstance(recipe, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(settings, dict):
+        raise CheckpointError(f"{folder / RECIPE} is damaged: it names no method and its settings; {_FIX}.")
+    method = create(name, settings)
     source = load_model(float_model, device=device)
     check_pair(source, packed, str(float_model), str(quantized))
     sites = find_sites(source)

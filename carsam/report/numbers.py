@@ -8,13 +8,18 @@ from typing import Any
 from carsam.commands import common
 
 MISSING = "–"
+# From here on a number of bytes, seconds or percent is written with its power of ten.
+_LARGEST = 1e15
 
 
 def finite(value: Any) -> float | None:
     """A finite number as float; None for anything else that JSON can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond a float
+        return None
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -52,6 +57,8 @@ def decimal(value: Any, places: int = 1) -> str:
     value = finite(value)
     if value is None:
         return MISSING
+    if abs(value) >= _LARGEST:
+        return number(value)
     text = f"{abs(value):.{places}f}"
     return f"−{text}" if value < 0 and float(text) else text
 
@@ -75,7 +82,9 @@ def percent(share: Any, places: int = 1) -> str:
 def count(value: Any) -> str:
     """A whole number in groups of three: ``4 058 340``."""
     value = finite(value)
-    return MISSING if value is None else f"{round(value):,}".replace(",", "\u202f")
+    if value is None or abs(value) >= _LARGEST:
+        return number(value)
+    return f"{round(value):,}".replace(",", "\u202f")
 
 
 def plural(amount: Any, noun: str) -> str:
@@ -86,13 +95,17 @@ def plural(amount: Any, noun: str) -> str:
 def size(amount: Any) -> str:
     """``3.1 MB``, ``1.25 GB``."""
     value = finite(amount)
-    return MISSING if value is None else _together(common.megabytes(round(value)))
+    if value is None or abs(value) >= _LARGEST:
+        return number(value)
+    return _together(common.megabytes(round(value)))
 
 
 def duration(seconds: Any) -> str:
     """``41.3 s``, ``3 min 12 s``, ``2 h 5 min``."""
     value = finite(seconds)
-    return MISSING if value is None else _together(common.duration(value))
+    if value is None or abs(value) >= _LARGEST:
+        return number(value)
+    return _together(common.duration(value))
 
 
 def _together(text: str) -> str:

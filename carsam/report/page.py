@@ -33,11 +33,13 @@ class Report:
         html: All of it.
         missing: Titles of the sections of which nothing is known.
         left_out: Pictures for which the page had no room.
+        refused: Names of pictures that are there but cannot be shown, with the reason.
     """
 
     html: str
     missing: tuple[str, ...]
     left_out: int
+    refused: dict[str, str]
 
 
 def write_report(folder: str | Path, out: str | Path, float_scores: str | Path | None = None) -> Report:
@@ -61,13 +63,13 @@ def render(source: Source) -> Report:
     pictures = Pictures(source.pictures)
     sections = all_sections(source, pictures)
     template = _environment().get_template("report.html.j2")
-    context = {"sections": sections, "summary": summary(source, sections)}
+    context = {"sections": sections, "summary": summary(source, sections), "refused": pictures.refused}
     # Once without pictures: what they may take is what the rest leaves.
     pictures.encode(0)
     rest = len(template.render(**context).encode())
     left_out = pictures.encode(max(0, min(_PICTURE_BUDGET, MAX_BYTES - _MARGIN - rest)))
     missing = tuple(s.title for s in sections if s.view is None and s.absent == UNKNOWN)
-    return Report(template.render(**context, left_out=left_out), missing, left_out)
+    return Report(template.render(**context, left_out=left_out), missing, left_out, pictures.refused)
 
 
 def summary(source: Source, sections: list[Section]) -> dict[str, Any]:

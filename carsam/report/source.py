@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from carsam.errors import CarsamError, CheckpointError, DataError
+from carsam.errors import CheckpointError, DataError
+from carsam.reading import cleaned, parse_yaml, read_json, read_text
+from carsam.report.limits import check_amounts, shortened
 from carsam.report.order import Site, layout_sites, mapping
 
 # The same names as in carsam.pack.checkpoint and carsam.pack.hub, which would import torch: a report takes a moment.
@@ -19,7 +20,14 @@ CONFIG, WEIGHTS, RECIPE, RESULTS, QUANT_METHOD = (
 )
 DIAGNOSIS = "diagnosis"
 DIAGNOSIS_FORMAT = 1
+_MAX_CONFIG = 20 * 2**20
+_MAX_RECIPE = 256 * 2**10
+_MAX_SITES = 20_000
+# 100,000 images take 40 MB of results.
+_MAX_RESULTS = 256 * 2**20
+_MAX_DIAGNOSIS = 64 * 2**20
 _MAX_HEADER = 100 * 2**20
+_MAX_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Source:
     @property
     def name(self) -> str:
         """The folder's name, for commands."""
-        return self.folder.name or str(self.folder)
+        return cleaned(self.folder.name or self.folder.resolve().name or str(self.folder))
 
     @property
     def quantization_config(self) -> dict[str, Any]:
@@ -91,26 +99,31 @@ def read_source(folder: str | Path, float_scores: str | Path | None = None) -> S
         raise CheckpointError(f"{folder} is not a folder; give the folder that carsam quantize wrote.")
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}; give the folder that carsam quantize wrote.")
-    config = _read_json(folder / CONFIG, "get the folder again")
+    fix = "get the folder again"
+    config = shortened(read_json(folder / CONFIG, fix, most=_MAX_CONFIG, error=CheckpointError))
     packing = mapping(config.get("quantization_config"))
     if packing.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is not a packed carsam model; give the folder that carsam quantize wrote.")
     sites = layout_sites(mapping(packing.get("layout")))
     if not sites:
-        raise CheckpointError(f"{folder / CONFIG} names no quantized layer; get the folder again.")
+        raise CheckpointError(f"{folder / CONFIG} names no quantized layer; {fix}.")
+    if len(sites) > _MAX_SITES:
+        raise CheckpointError(f"{folder / CONFIG} names {len(sites)} quantized sites, more than any model has; {fix}.")
 
-    results = _optional_json(folder / RESULTS, "remove it and run carsam evaluate again") or {}
+    results = _optional_json(folder / RESULTS, "remove it and run carsam evaluate again", _MAX_RESULTS) or {}
     floating = mapping(results.get("float_evaluation"))
     if float_scores is not None:
-        floating = _read_json(Path(float_scores), "write it with carsam evaluate FLOAT --json FILE")
-    recipe_text = _read_text(folder / RECIPE) if (folder / RECIPE).is_file() else None
+        floating = _read_float_scores(Path(float_scores))
+    recipe_text = None
+    if (folder / RECIPE).is_file():
+        recipe_text = cleaned(read_text(folder / RECIPE, _MAX_RECIPE, fix))
     has_weights = (folder / WEIGHTS).is_file()
     return Source(
         folder=folder,
         config=config,
         sites=sites,
         recipe_text=recipe_text,
-        recipe=_parse_recipe(folder / RECIPE, recipe_text),
+        recipe=shortened(mapping(parse_yaml(recipe_text or "", str(folder / RECIPE), fix))),
         quantization=mapping(results.get("quantization")),
         evaluation=mapping(results.get("evaluation")),
         float_evaluation=floating,
@@ -120,48 +133,31 @@ def read_source(folder: str | Path, float_scores: str | Path | None = None) -> S
     )
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is damaged: it is not text.") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
-
-
-def _read_json(path: Path, mend: str) -> dict[str, Any]:
-    try:
-        values = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CarsamError):
-            raise
-        raise DataError(f"{path} is damaged: it is not valid JSON ({error}); {mend}.") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} is damaged: it holds {type(values).__name__}, not a mapping; {mend}.")
+def _optional_json(path: Path, fix: str, most: int) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    values = shortened(read_json(path, fix, most=most))
+    check_amounts(values, path, fix)
     return values
 
 
-def _optional_json(path: Path, mend: str) -> dict[str, Any] | None:
-    return _read_json(path, mend) if path.is_file() else None
+def _read_float_scores(path: Path) -> dict[str, Any]:
+    """Scores as ``carsam evaluate FLOAT --json FILE`` writes them, or a ``results.json`` that holds them."""
+    fix = "write it with carsam evaluate FLOAT --json FILE"
+    values = shortened(read_json(path, fix, most=_MAX_RESULTS))
+    check_amounts(values, path, fix)
+    inner = mapping(values.get("float_evaluation"))
+    return values if "mean_iou" in values or not inner else inner
 
 
 def _read_diagnosis(path: Path) -> dict[str, Any] | None:
-    mend = "remove the folder and run carsam diagnose again"
-    diagnosis = _optional_json(path, mend)
+    fix = "remove the folder and run carsam diagnose again"
+    diagnosis = _optional_json(path, fix, _MAX_DIAGNOSIS)
     if diagnosis is not None and diagnosis.get("format") != DIAGNOSIS_FORMAT:
         raise DataError(
-            f"{path} has the format {diagnosis.get('format')!r}, but this carsam reads {DIAGNOSIS_FORMAT}; {mend}."
+            f"{path} has the format {diagnosis.get('format')!r}, but this carsam reads {DIAGNOSIS_FORMAT}; {fix}."
         )
     return diagnosis
-
-
-def _parse_recipe(path: Path, text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        return mapping(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise DataError(f"{path} is damaged: it is not valid YAML; get the folder again.") from error
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -171,18 +167,31 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: The file is truncated or altered.
     """
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > _MAX_HEADER:
-                raise ValueError("the header is too long")
+            if length > min(size - 8, _MAX_HEADER):
+                raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
-        tensors = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                tensors[name] = StoredTensor(tuple(int(side) for side in entry["shape"]), int(end) - int(start))
-        return tensors
+        return {
+            name: _stored_tensor(entry, size - 8 - length) for name, entry in header.items() if name != "__metadata__"
+        }
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or altered; get the folder again.") from error
+
+
+def _stored_tensor(entry: dict[str, Any], most: int) -> StoredTensor:
+    """An entry of the table of contents.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: It cannot be true of a file with ``most`` bytes of tensors.
+    """
+    (start, end), shape = entry["data_offsets"], entry["shape"]
+    if not all(type(number) is int for number in (start, end, *shape)) or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError("a shape or a place is no list of whole numbers")
+    # Nothing is stored in less than four bits; a tensor of no element may have any shape.
+    if not 0 <= start <= end <= most or math.prod(shape) > 2 * (end - start) or min(shape, default=0) < 0:
+        raise ValueError("a tensor lies beyond the end of the file")
+    return StoredTensor(tuple(shape), end - start)

@@ -13,6 +13,7 @@ from carsam.report.sections.base import Section, diagnosed
 from carsam.report.source import Source
 
 _FIRST_MAPS = 8
+_MOST_MAPS = 64
 # Queries without any attention, as a share, that are worth a sentence.
 _MANY_DEAD = 0.005
 
@@ -21,7 +22,7 @@ def section(source: Source, pictures: Pictures) -> Section:
     """The section."""
     diagnosis = source.diagnosis or {}
     attentions = entries(diagnosis.get("attentions"))
-    maps = [_heat_map(entry, pictures) for entry in entries(diagnosis.get("heat_maps"))]
+    maps = [_heat_map(entry, pictures) for entry in entries(diagnosis.get("heat_maps"))[:_MOST_MAPS]]
     view = None
     if attentions or maps:
         view = {

@@ -14,6 +14,7 @@ from carsam.report.source import Source
 
 _MOST_POINTS = 80
 _WINDOW = 9
+_MOST_COLUMNS = 12
 
 
 def section(source: Source) -> Section:
@@ -125,7 +126,7 @@ def _compensation(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _transforms(transforms: list[dict[str, Any]]) -> dict[str, Any]:
     """A table of what the method noted, whatever it is: every method has its own transforms."""
-    keys = list(dict.fromkeys(key for transform in transforms for key in transform))
+    keys = list(dict.fromkeys(key for transform in transforms for key in transform))[:_MOST_COLUMNS]
     return {
         "heads": [key.replace("_", " ").capitalize() for key in keys],
         "rows": [[_plain(transform.get(key)) for key in keys] for transform in transforms],
