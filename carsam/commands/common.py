@@ -102,7 +102,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Measurements of a packed folder; empty where there are none (or nothing readable)."""
     try:
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return results if isinstance(results, dict) else {}
 

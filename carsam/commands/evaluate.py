@@ -15,7 +15,7 @@ from rich.table import Table
 
 from carsam.commands.common import Device, duration, err, merge_results, open_model, out
 from carsam.commands.progress import Reporter
-from carsam.errors import CarsamError, ConfigError, DataError
+from carsam.errors import ConfigError, DataError
 from carsam.files import write_json
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def evaluate(
         if detections is not None:
             raise ConfigError("--boxes is the old name of --detections; give only --detections.")
         detections = boxes
-    _check_json_target(json)
+    _check_json_target(json, coco, detections, floating)
     float_scores = _read_float_scores(floating)
     float_model = open_model(floating, device) if floating is not None and float_scores is None else None
     sam = open_model(model, device)
@@ -149,11 +149,13 @@ class _Data:
         return _Run(data, result, clicks, time.perf_counter() - started)
 
 
-def _check_json_target(json: str | None) -> None:
-    """Refuses a file that cannot be written, before the work whose result it is to hold."""
+def _check_json_target(json: str | None, *inputs: str | Path | None) -> None:
+    """Refuses a file that cannot be written or is an input, before the work whose result it is to hold."""
     if json is None or json == STDOUT:
         return
     path = Path(json)
+    if any(name is not None and Path(name).exists() and path.resolve() == Path(name).resolve() for name in inputs):
+        raise ConfigError(f"--json {path} would overwrite the file that is read from; give another name.")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir():
         raise ConfigError(f"--json {path} is a folder; give a file.")
@@ -247,5 +249,5 @@ def _save(folder: Path, **parts: Any) -> None:
     """Notes the scores in ``results.json``; a folder of somebody else's is no reason to fail."""
     try:
         merge_results(folder, **parts)
-    except CarsamError as error:
+    except ValueError as error:  # CarsamError, or a number in results.json that JSON cannot hold
         logger.warning("the scores are not saved in the packed folder: %s --no-save leaves this out.", error)

@@ -118,7 +118,7 @@ def evaluating(model: SamModel, device: str | torch.device | None = None) -> Ite
     """Evaluation mode, on ``device``, without gradients; mode and device are as before afterwards.
 
     Raises:
-        DeviceError: The device is not available.
+        DeviceError: The device is not available, or its memory is too small.
     """
     home, training = model.device, model.training
     try:
@@ -132,6 +132,11 @@ def evaluating(model: SamModel, device: str | torch.device | None = None) -> Ite
     try:
         with torch.no_grad():
             yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"the device {model.device} has too little free memory for this model and image; end what else runs there, "
+            "or use another device (--device cpu)."
+        ) from error
     finally:
         model.train(training)
         if target != home:

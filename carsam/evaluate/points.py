@@ -21,6 +21,9 @@ from carsam.evaluate.journal import Journals, evaluation_parts
 from carsam.files import write_json
 from carsam.predictor import encode_image, predict_logits
 
+# Of all masks of a batch: a few of these at a byte a pixel are in memory at once.
+MAX_BATCH_PIXELS = 2**28
+
 
 @dataclass(frozen=True)
 class PointImageScore:
@@ -150,9 +153,11 @@ def _click_image(
     pixel_values, geometry = preprocess(truth.read_image(index))
     embeddings = encode_image(model, pixel_values)
     session = _Session(model, embeddings, geometry, preprocess.image_size, truth.images[index].file_name)
+    height, width = truth.images[index].size
+    count = max(1, min(prompts_per_batch, MAX_BATCH_PIXELS // (height * width)))
     columns = []
-    for start in range(0, len(objects), prompts_per_batch):
-        masks = mask_utils.decode(objects[start : start + prompts_per_batch]).transpose(2, 0, 1).astype(bool)
+    for start in range(0, len(objects), count):
+        masks = mask_utils.decode(objects[start : start + count]).transpose(2, 0, 1).astype(bool)
         columns.append(session.run(list(masks), clicks))
     return np.concatenate(columns, axis=1)
 
@@ -264,10 +269,12 @@ def distance_to_boundary(region: np.ndarray) -> np.ndarray:
     """
     padded = np.pad(region, 1)
     height, width = padded.shape
-    rows = np.arange(height)[:, None]
+    # Squared distances of a large photograph fit in four bytes, and there are several such arrays.
+    number = np.int32 if max(padded.shape) < 2**15 else np.int64
+    rows = np.arange(height, dtype=number)[:, None]
     above = np.maximum.accumulate(np.where(padded, -height, rows), axis=0)
     below = np.minimum.accumulate(np.where(padded, 2 * height, rows)[::-1], axis=0)[::-1]
-    vertical = np.minimum(rows - above, below - rows).astype(np.int64) ** 2
+    vertical = np.minimum(rows - above, below - rows).astype(number, copy=False) ** 2
     squared = vertical.copy()
     for shift in range(1, width):
         if shift * shift >= squared.max():

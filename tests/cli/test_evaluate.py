@@ -121,6 +121,25 @@ def test_a_packed_folder_of_somebody_else(made, carsam_cli, data, tmp_path, monk
     assert (folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"quantization": {"loss": NaN}}', "[1]", "no"])
+def test_a_damaged_results_file(content, made, carsam_cli, data, tmp_path):
+    """Told, or replaced; the scores are shown in any case."""
+    folder = shutil.copytree(made[0], tmp_path / "packed")
+    (folder / "results.json").write_text(content)
+    result = carsam_cli("evaluate", folder, *data, "--limit", 1)
+    assert result.exit_code == 0 and "mean IoU" in result.stdout
+    saved = "not saved" not in result.stderr
+    assert saved == ("evaluation" in (folder / "results.json").read_text())
+
+
+def test_json_over_an_input(carsam_cli, nano_folder, evaluation_folder, tmp_path):
+    coco = shutil.copy(evaluation_folder / "instances.json", tmp_path / "c.json")
+    arguments = ["--coco", coco, "--images", evaluation_folder / "images", "--json", tmp_path / "." / "c.json"]
+    result = carsam_cli("evaluate", nano_folder, *arguments)
+    assert result.exit_code == 1 and "would overwrite the file that is read from" in result.stderr
+    assert coco.read_bytes() == (evaluation_folder / "instances.json").read_bytes()
+
+
 def test_a_place_for_json_that_cannot_be_written(carsam_cli, nano_folder, data, tmp_path, monkeypatch):
     """Told before the first prediction."""
     monkeypatch.setattr(carsam.evaluate.coco_metrics, "evaluate_coco", None)

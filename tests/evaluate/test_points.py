@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from carsam.data.coco import CocoInstances
-from carsam.errors import ConfigError, DataError
+from carsam.errors import ConfigError, DataError, DeviceError
 from carsam.evaluate import points
 from carsam.evaluate.points import deepest_point, distance_to_boundary, evaluate_points, mask_iou, next_click
 
@@ -108,3 +108,34 @@ def test_errors(model, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"images": [image], "annotations": []}))
     with pytest.raises(DataError, match="no objects"):
         evaluate_points(model, tmp_path / "c.json", IMAGES)
+
+
+def test_large_images_are_clicked_in_smaller_batches(model, monkeypatch):
+    """Masks of a batch are in memory at once, so a photograph of 200 megapixels gets one object at a time."""
+    whole = evaluate_points(model, COCO_FILE, IMAGES, limit=1, clicks=(1,), prompts_per_batch=1)
+    sizes = []
+    run = points._Session.run
+    monkeypatch.setattr(
+        points._Session, "run", lambda self, targets, c: sizes.append(len(targets)) or run(self, targets, c)
+    )
+    monkeypatch.setattr(points, "MAX_BATCH_PIXELS", 300_000)
+    assert evaluate_points(model, COCO_FILE, IMAGES, limit=1, clicks=(1,)) == whole
+    assert set(sizes) == {1}
+
+
+def test_interval_over_images(model):
+    result = evaluate_points(model, COCO_FILE, IMAGES, limit=3, clicks=(1, 2))
+    for n in (1, 2):
+        low, high = result.mean_iou_interval[n]
+        assert low < result.mean_iou[n] < high
+    assert sum(score.n_objects for score in result.per_image) == result.n_prompts
+    assert evaluate_points(model, COCO_FILE, IMAGES, limit=1, clicks=(1,)).mean_iou_interval == {1: None}
+
+
+def test_out_of_memory(model, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(points, "encode_image", full)
+    with pytest.raises(DeviceError, match="too little free memory"):
+        evaluate_points(model, COCO_FILE, IMAGES, limit=1)
