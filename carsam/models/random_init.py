@@ -22,7 +22,7 @@ SIZES: dict[str, tuple[int, int, int, int, list[int]]] = {
 }
 PATCH = 16
 # What transformers raises for a configuration that contradicts itself (a width of "a", zero heads, ...).
-BAD_CONFIG = (StrictDataclassError, ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+BAD_CONFIG = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def skeleton(config: SamConfig) -> SamModel:
