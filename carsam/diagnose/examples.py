@@ -12,12 +12,15 @@ from torch import Tensor
 from carsam.data.transforms import Geometry
 from carsam.diagnose.measures import entropy, focus_overlap, kl_divergence
 from carsam.diagnose.passes import Outcome
-from carsam.diagnose.pictures import SUFFIX, heat_picture, mask_picture
-from carsam.diagnose.results import Example, HeatMap, PromptScore
+from carsam.diagnose.pictures import SUFFIX, heat_picture, mask_picture, zoom_picture, zoom_region
+from carsam.diagnose.results import Example, HeatMap, PromptScore, Zoom
 from carsam.diagnose.samples import Sample
 from carsam.evaluate.points import mask_iou
 
 WORST, MEDIAN = "worst", "median"
+# An object with a smaller share of the image is hard to see on all of it.
+SMALL_SHARE = 0.02
+MAX_ZOOMS = 3
 Pictures = dict[str, Image.Image]
 
 
@@ -102,7 +105,29 @@ def _example(role: str, each: Scored, pixels: np.ndarray, image_size: int, pictu
     for title, stack in masks.items():
         names[title] = f"examples/{role}-{title}{SUFFIX}"
         pictures[names[title]] = mask_picture(pixels, stack, sample.boxes)
-    return Example(role, sample.name, names["float"], names["quantized"], names.get("truth"), *each.means, each.prompts)
+    zooms = _zooms(role, each, masks, pixels, pictures)
+    return Example(
+        role, sample.name, names["float"], names["quantized"], names.get("truth"), *each.means, each.prompts, zooms
+    )
+
+
+def _zooms(
+    role: str, each: Scored, masks: dict[str, list[np.ndarray]], pixels: np.ndarray, pictures: Pictures
+) -> tuple[Zoom, ...]:
+    """The small objects whose IoU changed most, in the order of the prompts."""
+    reference = masks["truth" if "truth" in masks else "float"]
+    small = [index for index, mask in enumerate(reference) if mask.mean() < SMALL_SHARE]
+    small.sort(key=lambda index: -abs(each.prompts[index].iou_float - each.prompts[index].iou_quantized))
+    zooms = []
+    for index in sorted(small[:MAX_ZOOMS]):
+        box = each.sample.boxes[index]
+        region = zoom_region(box, pixels.shape[:2])
+        names: dict[str, str] = {}
+        for title, stack in masks.items():
+            names[title] = f"examples/{role}-{index + 1}-{title}{SUFFIX}"
+            pictures[names[title]] = zoom_picture(pixels, stack[index], box, region, index)
+        zooms.append(Zoom(index + 1, region, names["float"], names["quantized"], names.get("truth")))
+    return tuple(zooms)
 
 
 def _heat_map(

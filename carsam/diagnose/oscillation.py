@@ -32,7 +32,7 @@ class Stage:
 
     Attributes:
         name: Path below the transformer.
-        output: Module path of the norm behind its residual: its output is what the rest of the decoder reads.
+        output: Module path of the norm after its residual: its output is what the rest of the decoder reads.
     """
 
     name: str

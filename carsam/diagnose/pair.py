@@ -168,8 +168,9 @@ def round_to_nearest(
         progress: Called as ``progress(images_done, n_images)``.
 
     Returns:
-        The float model behind it (the reference, or its equivalent after what the method changes in floating point),
-        and the rounded one, whose activations are quantized under ``simulate(activations=True)``.
+        The float model that the rounded one is made from (the reference, or its equivalent after what the method
+        changes in floating point), and the rounded one: its activations are quantized under
+        ``simulate(activations=True)``.
     """
     method, sites = pair.method, pair.sites
     rounded, base = copy.deepcopy(pair.source), pair.reference

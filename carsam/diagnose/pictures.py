@@ -11,7 +11,9 @@ from torch import Tensor
 from carsam.data.transforms import Geometry
 from carsam.evaluate.overlay import color_of, overlay
 
-HEAT_SIDE, MASK_SIDE = 384, 512
+HEAT_SIDE, MASK_SIDE, ZOOM_SIDE = 384, 512, 320
+# A zoom shows an object with as much around it again, and at least so many pixels of the image file.
+_ZOOM_ROOM, _LEAST_REGION = 2.0, 32
 # Photographs: a tenth of the size of PNG, and no artefact that a reader would take for attention.
 SUFFIX, QUALITY = ".jpg", 88
 # Share of the colour over the grey image.
@@ -84,3 +86,44 @@ def mask_picture(image: np.ndarray, masks: Sequence[np.ndarray], boxes: np.ndarr
         soft = Image.fromarray(masks[index].astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
         small = overlay(small, np.asarray(soft) >= 128, color_of(index), [float(v) * factor for v in boxes[index]])
     return Image.fromarray(small)
+
+
+def zoom_region(box: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The square around a box that a zoom shows, moved into the image; all of a side that is shorter.
+
+    Args:
+        box: XYXY in pixels of the image.
+        size: ``(h, w)`` of the image.
+
+    Returns:
+        XYXY in whole pixels.
+    """
+    x0, y0, x1, y1 = map(float, box)
+    side = max(round(_ZOOM_ROOM * max(x1 - x0, y1 - y0)), _LEAST_REGION)
+    ends = []
+    for low, high, length in ((x0, x1, size[1]), (y0, y1, size[0])):
+        start = min(max(0, round((low + high - side) / 2)), max(0, length - side))
+        ends.append((start, min(start + side, length)))
+    (left, right), (top, bottom) = ends
+    return left, top, right, bottom
+
+
+def zoom_picture(
+    image: np.ndarray, mask: np.ndarray, box: Sequence[float], region: tuple[int, int, int, int], index: int
+) -> Image.Image:
+    """One mask on its part of an image, enlarged.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) bool.
+        box: XYXY in pixels of the image.
+        region: From :func:`zoom_region`.
+        index: Of the object, for its colour.
+    """
+    left, top, right, bottom = region
+    factor = ZOOM_SIDE / max(right - left, bottom - top)
+    size = (max(1, round((right - left) * factor)), max(1, round((bottom - top) * factor)))
+    part = Image.fromarray(image[top:bottom, left:right]).resize(size, Image.Resampling.LANCZOS)
+    soft = Image.fromarray(mask[top:bottom, left:right].astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
+    moved = [(float(v) - start) * factor for v, start in zip(box, (left, top, left, top))]
+    return Image.fromarray(overlay(np.array(part), np.asarray(soft) >= 128, color_of(index), moved))

@@ -126,7 +126,7 @@ class Oscillation:
     """The relative error along the decoder's stages, in execution order.
 
     Attributes:
-        stages: Paths below the decoder's transformer; each stands for its output behind residual and norm.
+        stages: Paths below the decoder's transformer; each stands for its output after residual and norm.
         moments: From nearest rounding to the finished model.
         errors, total_variation: Of the packed model.
         neighbours: Coupled attentions.
@@ -221,6 +221,23 @@ class PromptScore:
 
 
 @dataclass(frozen=True)
+class Zoom:
+    """A small object of an example, cut out and enlarged.
+
+    Attributes:
+        prompt: Its number among the example's prompts, from 1.
+        region: What is shown, XYXY in pixels of the image file.
+        float_, quantized, truth: Pictures, relative to the diagnosis folder; ``truth`` is None without ground truth.
+    """
+
+    prompt: int
+    region: tuple[int, int, int, int]
+    float_: str
+    quantized: str
+    truth: str | None
+
+
+@dataclass(frozen=True)
 class Example:
     """An image with its masks.
 
@@ -230,6 +247,7 @@ class Example:
         float_, quantized, truth: Pictures, relative to the diagnosis folder; ``truth`` is None without ground truth.
         mean_iou_float, mean_iou_quantized: 0..1.
         prompts: One by one.
+        zooms: Its small objects that changed most.
     """
 
     role: str
@@ -240,6 +258,7 @@ class Example:
     mean_iou_float: float
     mean_iou_quantized: float
     prompts: tuple[PromptScore, ...]
+    zooms: tuple[Zoom, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def diagnose(
         The diagnosis, and the folder that holds it.
 
     Raises:
-        CarsamError: Anything the user can mend: models that do not belong together, no images, a full disk.
+        CarsamError: Anything the user can fix: models that do not belong together, no images, a full disk.
     """
     advance = progress or (lambda *_: None)
 

@@ -52,7 +52,7 @@ def parts_by_stage(rounded: SamModel, sites: Sites) -> dict[str, list[Part]]:
     for site in sites.linears:
         stage = next(stage for stage in stages if site.name.startswith(stage + "."))
         parts = []
-        if site.name in last_layers:  # the projection behind an attention's MatMuls
+        if site.name in last_layers:  # the projection after an attention's MatMuls
             attention = last_layers[site.name]
             matmul = rounded.get_submodule(attention.name).matmul
             for which in OPERANDS:
@@ -91,7 +91,8 @@ def sensitivity(
     from the float image embedding.
 
     Args:
-        base: The float model behind ``rounded``, with quantizers' places (changed only while a site is tried).
+        base: The float model that ``rounded`` was made from, with quantizers' places; changed only while a site is
+            tried.
         rounded: Nearest rounding of it.
         sites: Of both.
         samples: Images with prompts.

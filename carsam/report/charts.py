@@ -102,7 +102,7 @@ class MapRow:
     cells: Sequence[Cell] = field(default_factory=list)
 
 
-_LEFT = 12.0  # Percent: curves start behind the numbers that stand on the grid lines.
+_LEFT = 12.0  # Percent: curves start after the numbers that stand on the grid lines.
 _RIGHT = 97.0
 
 

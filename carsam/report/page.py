@@ -9,14 +9,17 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from carsam.evaluate.intervals import Difference
 from carsam.files import write_text
 from carsam.report import charts, numbers
+from carsam.report.changes import few_objects, find_changes
 from carsam.report.order import short
 from carsam.report.pictures import Pictures
 from carsam.report.sections import all_sections
-from carsam.report.sections.accuracy import DIAGNOSIS, has_truth, scores
+from carsam.report.sections.accuracy import DIAGNOSIS, comparable, has_truth, scores
 from carsam.report.sections.base import UNKNOWN, Section
 from carsam.report.source import Source, read_source
+from carsam.report.stand_in import is_stand_in
 
 # So that it can be sent by mail and opened on a phone.
 MAX_BYTES = 5_000_000
@@ -84,6 +87,9 @@ def summary(source: Source, sections: list[Section]) -> dict[str, Any]:
         "model": model.rpartition("/")[2] or source.folder.resolve().name,
         "method": str(source.quantization_config.get("method") or "an unknown method"),
         "bits": str(source.quantization_config.get("bits") or "").upper(),
+        "stand_in": is_stand_in(source),
+        "few_objects": few_objects(source),
+        "interval": _interval(source),
         "version": source.quantization_config.get("carsam_version"),
         "packed": size.get("packed") or source.weights_bytes,
         "half": size.get("half"),
@@ -99,8 +105,14 @@ def summary(source: Source, sections: list[Section]) -> dict[str, Any]:
     }
 
 
+def _interval(source: Source) -> Difference | None:
+    """The difference of mean IoU to the float model, with its interval."""
+    changes = find_changes(source.evaluation, comparable(source))
+    return changes.difference if changes else None
+
+
 def breakable(name: Any) -> Markup:
-    """A dotted name that may break behind its dots and underscores."""
+    """A dotted name that may break after its dots and underscores."""
     text = str(escape(str(name)))
     for mark in "._/":
         text = text.replace(mark, f"{mark}<wbr>")

@@ -5,7 +5,17 @@ import pytest
 import torch
 
 from carsam.data.transforms import Geometry
-from carsam.diagnose.pictures import HEAT_SIDE, MASK_SIDE, heat_picture, mask_picture, shrink, viridis
+from carsam.diagnose.pictures import (
+    HEAT_SIDE,
+    MASK_SIDE,
+    ZOOM_SIDE,
+    heat_picture,
+    mask_picture,
+    shrink,
+    viridis,
+    zoom_picture,
+    zoom_region,
+)
 
 
 def test_viridis_is_even_in_lightness():
@@ -58,3 +68,28 @@ def test_masks_are_drawn_in_the_colour_of_their_box():
     assert first[0] > first[2] + 50
     assert second[2] > second[0] + 50
     assert (outside == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("box", "region"),
+    [
+        ((100, 100, 120, 140), (70, 80, 150, 160)),
+        ((0, 0, 10, 10), (0, 0, 32, 32)),
+        ((395, 295, 400, 300), (368, 268, 400, 300)),
+        ((10, 0, 30, 200), (0, 0, 400, 300)),
+    ],
+)
+def test_zoom_region(box, region):
+    """A square around the box, inside the image of 400 × 300 pixels."""
+    assert zoom_region(box, (300, 400)) == region
+
+
+def test_zoom_shows_its_part_enlarged():
+    image = np.full((300, 400, 3), 255, dtype=np.uint8)
+    mask = np.zeros((300, 400), dtype=bool)
+    mask[110:130, 105:115] = True
+    picture = np.array(zoom_picture(image, mask, [100, 100, 120, 140], (70, 80, 150, 160), 0)).astype(int)
+    assert picture.shape == (ZOOM_SIDE, ZOOM_SIDE, 3)
+    # Four pixels for one: the mask's middle is tinted in the first colour, the corner is not.
+    assert picture[160, 160, 0] > picture[160, 160, 2] + 50
+    assert (picture[310, 310] == 255).all()

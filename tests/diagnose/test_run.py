@@ -67,6 +67,9 @@ def test_pictures_are_there_and_small(diagnosed):
     named = [name for each in found.heat_maps for name in (each.float_, each.quantized)]
     named += [name for each in found.examples for name in (each.float_, each.quantized, each.truth)]
     assert len(set(named)) == len(named) == 18
+    zooms = [zoom for each in found.examples for zoom in each.zooms]
+    assert 0 < len(zooms) <= 6
+    named += [name for zoom in zooms for name in (zoom.float_, zoom.quantized, zoom.truth)]
     assert sorted(named) == sorted(
         str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != FILE
     )

@@ -116,7 +116,8 @@ def write_results(folder: Path, *, n_blocks: int = 3, n_images: int = 40) -> Non
         ],
         "transforms": [{"transform": "BIG", "attention": f"{DECODER}.{STAGES[0]}", "modes": 2, "flipped_channels": 61}],
     }
-    images = [{"name": f"{i:012d}.jpg", "mean_iou": rng.uniform(5, 90), "ious": [1.0] * 3} for i in range(n_images)]
+    names = [f"{i:012d}.jpg" for i in range(n_images)]
+    images = [{"name": name, "mean_iou": rng.uniform(5, 90), "ious": [40.0, 50.0, 60.5]} for name in names]
     images.append({"name": "empty.jpg", "mean_iou": None, "ious": []})
     scores = {"segm_ap": 39.3, "box_ap": 52.04, "mean_iou": 61.2, "n_images": n_images + 1, "n_prompts": 3 * n_images}
     evaluation = {
@@ -128,7 +129,9 @@ def write_results(folder: Path, *, n_blocks: int = 3, n_images: int = 40) -> Non
         "points": {"mean_iou": {"1": 40.5, "3": 47.0, "5": 50.25}},
         "per_image": images,
     }
-    floating = {**scores, "segm_ap": 55.8, "box_ap": 60.6, "mean_iou": 70.9}
+    better = [{**image, "ious": [iou + rng.uniform(-5, 20) for iou in image["ious"]]} for image in images]
+    better[7]["ious"] = [90.0, 50.5, 20.0] if n_images > 7 else better[7]["ious"]
+    floating = {**scores, "segm_ap": 55.8, "box_ap": 60.6, "mean_iou": 70.9, "per_image": better}
     results = {"quantization": quantization, "evaluation": evaluation, "float_evaluation": floating}
     (folder / "results.json").write_text(json.dumps(results))
 
@@ -260,7 +263,15 @@ def _example(target: Path, role: str, side: int, rng: random.Random) -> dict[str
         for _ in range(4)
     ]
     scores = {"mean_iou_float": 0.71, "mean_iou_quantized": 0.42}
-    return {"role": role, "image": f"{role} <image> & more.jpg", **names, **scores, "prompts": prompts}
+    zooms = []
+    for number in (2, 3):
+        zoom = {}
+        for which in ("float", "quantized", "truth"):
+            zoom[which] = f"examples/{role}-{number}-{which}.png"
+            picture(target / zoom[which], 48, number)
+        zooms.append({"prompt": number, "region": [0, 0, 48, 48], **zoom})
+    shown = {"role": role, "image": f"{role} <image> & more.jpg", **names}
+    return {**shown, **scores, "prompts": prompts, "zooms": zooms}
 
 
 def write_all(folder: Path, *, n_blocks: int = 3, **options: Any) -> Path:

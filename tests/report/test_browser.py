@@ -100,7 +100,7 @@ def test_the_page_fits_loads_and_is_quiet(measured, scheme):
 
 
 def test_every_picture_is_there(measured, request):
-    expected = 26 if "full_page" in request.node.name else 0
+    expected = 38 if "full_page" in request.node.name else 0
     assert {value["images"] for values, _ in measured.values() for value in values} == {expected}
 
 

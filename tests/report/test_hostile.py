@@ -53,7 +53,7 @@ def test_a_picture_that_is_none(content, reason, folder, recwarn):
     report = render(read_source(folder))
     assert list(report.refused) == ["heat/0-float.png"]
     assert reason in report.refused["heat/0-float.png"]
-    assert report.html.count("<img") == 25
+    assert report.html.count("<img") == 37
     assert "The picture is missing or damaged." in report.html
     assert "cannot be shown" in report.html
     assert not recwarn.list
@@ -84,7 +84,7 @@ def test_names_that_lead_elsewhere(name, folder):
     diagnosis["heat_maps"] = [{**diagnosis["heat_maps"][0], "float": name}]
     save_diagnosis(folder, diagnosis)
     report = render(read_source(folder))
-    assert report.html.count("<img") == 7
+    assert report.html.count("<img") == 19
     assert "The picture is missing or damaged." in report.html
     assert "\0" not in report.html
 

@@ -31,13 +31,13 @@ def words(html):
 
 def test_the_page_says_what_matters(full_page):
     text = words(full_page)
-    assert "Mean IoU 61.2 , 70.9 in floating point ( −9.7 )" in text
+    assert "Mean IoU 61.2 , 70.9 in floating point ( −9.7 ; 95 % interval" in text
     assert "times smaller than" in text
     assert "The worst image: worst <image> & more.jpg" in text
     assert "1 of 2 stages got worse" in text
     assert "0 tok→img, neighbour 0 img→tok" in full_page
     sections = ["size", "accuracy", "examples", "attention", "oscillation", "units", "network"]
-    sections += ["ranges", "sensitivity", "recipe"]
+    sections += ["ranges", "sensitivity", "recipe", "commands"]
     assert re.findall(r'<section id="(\w+)"', full_page) == sections
     assert "not known" not in text.split("Size")[0]
 
@@ -59,8 +59,8 @@ def test_a_bare_folder_says_what_would_tell(bare_folder, bare_page):
         *("Accuracy", "Example images", "Attention", "Oscillation", "Reconstruction", "Ranges", "Sensitivity"),
     )
     text = words(bare_page)
-    assert "carsam diagnose FLOAT bare --data IMAGES --coco FILE" in text
-    assert "carsam evaluate bare --coco FILE --images FOLDER" in text
+    assert "carsam diagnose 'models/sam <b>&amp; co' bare --data IMAGES --coco INSTANCES.json" in text
+    assert "carsam evaluate bare --coco INSTANCES.json --images IMAGES" in text
     assert "Its accuracy has not been measured" in text
 
 
@@ -70,9 +70,8 @@ def test_an_empty_diagnosis(tmp_path):
     (folder / "recipe.yaml").unlink()
     save_diagnosis(folder, {"format": 1, "attentions": [], "oscillation": {}, "sites": None})
     report = render(read_source(folder))
-    assert set(report.missing) == {section.title for section in all_sections(read_source(folder), Pictures(folder))} - {
-        "Network map"
-    }
+    titles = {section.title for section in all_sections(read_source(folder), Pictures(folder))}
+    assert set(report.missing) == titles - {"Network map", "Commands"}
     assert "this command makes a new one" in words(report.html)
 
 
@@ -156,8 +155,8 @@ def test_the_same_folder_gives_the_same_page(full_folder, full_page):
 
 
 def test_pictures_are_embedded_once_and_whole(full_folder, full_page):
-    # Ten pairs of heat maps, two examples with three pictures.
-    assert full_page.count('<img src="data:image/') == 26
+    # Ten pairs of heat maps, two examples with three pictures of the image and of each of two objects.
+    assert full_page.count('<img src="data:image/') == 38
     pictures = Pictures(full_folder / "diagnosis")
     picture = pictures.get("heat/0-float.png")
     assert pictures.get("heat/0-float.png") is picture and picture.size == (128, 96)
@@ -185,14 +184,14 @@ def test_vit_h_with_large_pictures_stays_small(tmp_path):
     report = render(read_source(folder))
     size = len(report.html.encode())
     assert 1_000_000 < size < MAX_BYTES
-    assert report.left_out == 0 and report.html.count("<img") == 22
+    assert report.left_out == 0 and report.html.count("<img") == 34
     assert report.html.count('class="cell ') == 2 * (32 * 4 + 2 + 32) + 4 * (32 + 7)
 
 
 def test_pictures_that_no_level_makes_small_enough_are_left_out(full_folder, monkeypatch):
     monkeypatch.setattr("carsam.report.page._PICTURE_BUDGET", 20_000)
     report = render(read_source(full_folder))
-    assert 0 < report.left_out < 26
+    assert 0 < report.left_out < 38
     assert f"{report.left_out} pictures left out to keep the file small" in words(report.html)
     assert "The picture was left out to keep the file small" in words(report.html)
 
@@ -231,10 +230,11 @@ def test_without_ground_truth(tmp_path):
     folder = write_packed(tmp_path / "packed")
     diagnosis = write_diagnosis(folder)
     for example in diagnosis["examples"]:
-        example["truth"] = None
+        for each in (example, *example["zooms"]):
+            each["truth"] = None
     save_diagnosis(folder, {**diagnosis, "reference": "float model's masks", "mean_iou_float": 1.0})
     html = render(read_source(folder)).html
-    assert html.count("<img") == 24 and "Truth" not in words(html)
+    assert html.count("<img") == 32 and "Truth" not in words(html)
     assert "IoU in percent with the float model's masks" in words(html)
     # That the float model agrees with itself is no score.
     assert "Mean IoU 61.2 with the float model’s masks, on the 31 prompts of the diagnosis" in words(html)

@@ -6,6 +6,7 @@ from carsam.report.pictures import Pictures
 from carsam.report.sections import (
     accuracy,
     attention,
+    commands,
     examples,
     network,
     oscillation,
@@ -32,4 +33,5 @@ def all_sections(source: Source, pictures: Pictures) -> list[Section]:
         ranges.section(source),
         sensitivity.section(source),
         recipe.section(source),
+        commands.section(source),
     ]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 from carsam.report import numbers
+from carsam.report.changes import few_objects, find_changes, notes
 from carsam.report.charts import columns
+from carsam.report.commands import evaluate_command, float_model, report_command
 from carsam.report.order import entries, mapping, numbers_of
 from carsam.report.sections.base import Section, percent
 from carsam.report.source import Source
+from carsam.report.stand_in import is_stand_in
 
-_SCORES = (("mean_iou", "Mean IoU"), ("segm_ap", "Segm AP"), ("box_ap", "Box AP"))
+_SCORES = (
+    *(("mean_iou", "Mean IoU"), ("segm_ap", "Segm AP"), ("segm_ap50", "Segm AP50"), ("segm_ap75", "Segm AP75")),
+    *(("segm_ap_small", "Segm AP, small objects"), ("segm_ap_medium", "Segm AP, medium objects")),
+    *(("segm_ap_large", "Segm AP, large objects"), ("box_ap", "Box AP")),
+)
 DIAGNOSIS = "diagnosis"
 _WORST = 8
 _BINS = 10
@@ -56,7 +64,7 @@ def comparable(source: Source) -> dict[str, Any]:
 
 def section(source: Source) -> Section:
     """The section."""
-    command = f"carsam evaluate {source.name} --coco FILE --images FOLDER"
+    command = evaluate_command(source)
     rows = scores(source)
     if not rows:
         return Section("accuracy", "Accuracy", None, "The model has not been measured on a data set.", command)
@@ -80,7 +88,16 @@ def section(source: Source) -> Section:
         "float_elsewhere": bool(source.float_evaluation and source.evaluation) and not floating,
         "float_prompts": source.float_evaluation.get("n_prompts"),
         "command": command,
-        "float_command": f"carsam report {source.name} --float-scores FILE",
+        "float_commands": [
+            f"{evaluate_command(source, float_model(source))} --json FLOAT.json",
+            report_command(source, float_scores=True),
+        ],
+        "data": PurePath(str(source.evaluation.get("coco") or "")).name,
+        "stand_in": is_stand_in(source),
+        "changes": find_changes(source.evaluation, floating),
+        "moved": [row for row in rows if row["change"] is not None and row["key"] in ("segm_ap", "box_ap")],
+        "few": few_objects(source),
+        "notes": notes(source),
         "worst": images[:_WORST],
         "n_images": len(images),
         "chart": columns(counts, 0, 100, name="accuracy-images", title=title, desc=f"{title}. {'; '.join(bins)}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from carsam.report.commands import diagnose_command
 from carsam.report.numbers import finite
 from carsam.report.source import Source
 
@@ -30,11 +31,6 @@ class Section:
     missing: str = ""
     command: str = ""
     absent: str = UNKNOWN
-
-
-def diagnose_command(source: Source) -> str:
-    """The command that writes ``diagnosis``."""
-    return f"carsam diagnose FLOAT {source.name} --data IMAGES --coco FILE"
 
 
 def diagnosed(source: Source, id: str, title: str, view: dict[str, Any] | None, what: str) -> Section:

@@ -11,13 +11,19 @@ from carsam.report.sections.accuracy import has_truth
 from carsam.report.sections.base import Section, diagnosed, percent
 from carsam.report.source import Source
 
+_MOST_EXAMPLES, _MOST_ZOOMS = 8, 8
+_WHOSE = {
+    "Float": "mask of the float model",
+    "Quantized": "mask of the quantized model",
+    "Truth": "mask of the ground truth",
+}
 _TITLES = {"worst": "The worst image", "median": "The median image"}
 
 
 def section(source: Source, pictures: Pictures) -> Section:
     """The section."""
     diagnosis = source.diagnosis or {}
-    found = [_example(entry, pictures) for entry in entries(diagnosis.get("examples"))]
+    found = [_example(entry, pictures) for entry in entries(diagnosis.get("examples"))[:_MOST_EXAMPLES]]
     view = None
     if found:
         view = {
@@ -59,4 +65,19 @@ def _example(entry: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
             if entry.get(title.lower())
         ],
         "prompts": prompts,
+        "zooms": [_zoom(zoom, image, prompts, pictures) for zoom in entries(entry.get("zooms"))[:_MOST_ZOOMS]],
     }
+
+
+def _zoom(entry: dict[str, Any], image: str, prompts: list[dict[str, Any]], pictures: Pictures) -> dict[str, Any]:
+    """A small object, enlarged, with the scores of its prompt."""
+    number = numbers.finite(entry.get("prompt"))
+    prompt = next((prompt for prompt in prompts if prompt["index"] == number), {})
+    panels = []
+    for title in ("Float", "Quantized", "Truth"):
+        if entry.get(title.lower()):
+            iou = prompt.get(title.lower())
+            words = f", IoU {numbers.decimal(iou)}" if iou is not None else ""
+            alt = f"Object {numbers.whole(number)} of {image} enlarged, {_WHOSE[title]}{words}"
+            panels.append({"title": title, "iou": iou, "alt": alt, "picture": pictures.get(entry.get(title.lower()))})
+    return {"number": number, "change": prompt.get("change"), "panels": panels}

@@ -15,6 +15,5 @@ def section(source: Source) -> Section:
         "text": source.recipe_text.rstrip(),
         "calibration": mapping(source.recipe.get("calibration")),
         "overrides": mapping(source.recipe.get("overrides")),
-        "again": f"carsam quantize {source.recipe.get('model') or 'FLOAT'} --recipe recipe.yaml --out FOLDER",
     }
     return Section("recipe", "Recipe", view)

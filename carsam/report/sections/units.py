@@ -8,6 +8,7 @@ from typing import Any
 
 from carsam.report import numbers
 from carsam.report.charts import Series, line_chart
+from carsam.report.commands import quantize_command
 from carsam.report.order import compact, entries, mapping, numbers_of, region, short
 from carsam.report.sections.base import Section, mean
 from carsam.report.source import Source
@@ -30,8 +31,7 @@ def section(source: Source) -> Section:
             missing = f"{method} reconstructed no unit, so there are no loss curves."
             return Section("units", title, None, missing, absent="none")
         missing = "How the quantization went is not noted in results.json; the command that makes the folder does so."
-        command = f"carsam quantize FLOAT --recipe recipe.yaml --out {source.name} --overwrite"
-        return Section("units", title, None, missing, command)
+        return Section("units", title, None, missing, quantize_command(source))
     shown = [_unit(index, unit) for index, unit in enumerate(units, 1)]
     with_losses = [unit for unit in shown if unit["chart"]]
     view = {
