@@ -1,4 +1,4 @@
-"""The console script ``carsam``: finds the command, and turns errors that the user can mend into one paragraph."""
+"""The console script ``carsam``: finds the command, and turns errors that the user can fix into one paragraph."""
 
 from __future__ import annotations
 
@@ -6,17 +6,34 @@ import importlib
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import carsam
 from carsam.commands.common import errors_for_people, show_warnings
+from carsam.commands.streams import prepare_streams
 
 # In the order of the help. A new command is a module in carsam/commands and its name here.
 COMMANDS = ("quantize", "evaluate", "predict", "compare", "diagnose", "report", "info", "methods")
 
 
+class _Command(TyperCommand):
+    """A command whose arguments hold something."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, argument in zip(["", *args], args):
+            # An empty path would mean the current folder, and stands there where a shell's variable was not set.
+            if not argument or (argument.startswith("--") and argument.endswith("=")):
+                where = argument.rstrip("=") or (before if before.startswith("-") else "") or "an argument"
+                raise typer.BadParameter(f"{where} is empty; is a variable in the command not set?", ctx)
+        return super().parse_args(ctx, args)
+
+
 class _Group(TyperGroup):
     """Runs a command; errors of carsam end it without a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        prepare_streams()
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         with errors_for_people():
@@ -26,7 +43,6 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     # Anything but a CarsamError is a defect of carsam: its plain traceback is what a report needs.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,7 +66,7 @@ def _root(
 
 
 for _name in COMMANDS:
-    app.command(_name)(getattr(importlib.import_module(f"carsam.commands.{_name}"), _name))
+    app.command(_name, cls=_Command)(getattr(importlib.import_module(f"carsam.commands.{_name}"), _name))
 
 
 def main() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -20,13 +21,34 @@ if TYPE_CHECKING:
     from transformers import SamModel
 
 RESULTS = "results.json"
-# Wide enough for the tables where output goes to a file, whose width nobody knows.
-_WIDTH = None if sys.stdout.isatty() else 120
+METHODS = ("adaround", "ahcptq", "brecq", "car-sam", "ptq4sam", "qdrop", "rtn")  # completed without importing torch
 
-out = Console(width=_WIDTH, highlight=False)
-err = Console(stderr=True, width=_WIDTH, highlight=False)
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU where there is one.", metavar="DEVICE")]
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+# Wide enough for the tables where output goes to a file, whose width nobody knows; COLUMNS is the user's word on it.
+_WIDTH = None if _is_terminal(sys.stdout) or "COLUMNS" in os.environ else 120
+
+# Text is text: paths and patterns with brackets are no markup, ":x:" in a name is no emoji.
+out = Console(width=_WIDTH, highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, width=_WIDTH, highlight=False, markup=False, emoji=False)
+
+
+def complete_from(*values: str) -> Callable[[str], list[str]]:
+    """A shell completion: those of some values that begin as typed."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1, or auto: a GPU where there is one.",
+        metavar="DEVICE",
+        autocompletion=complete_from("auto", "cpu", "cuda"),
+    ),
+]
 
 
 @contextmanager
@@ -43,8 +65,13 @@ def errors_for_people() -> Iterator[None]:
 
 
 def _say(kind: str, message: str) -> None:
-    # As text, not markup: messages quote paths and patterns with brackets. No hard wraps: they would cut paths.
-    err.print(f"{kind}: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    # No hard wraps: they would cut paths.
+    err.print(printable(f"{kind}: {' '.join(message.split())}"), soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, as a file's name may hold them, are written as escapes; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class _Warnings(logging.Handler):
