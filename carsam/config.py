@@ -7,10 +7,12 @@ import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from fnmatch import fnmatchcase
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from carsam.errors import ConfigError
-from carsam.models.sites import Sites
+
+if TYPE_CHECKING:
+    from carsam.models.sites import Sites  # imports transformers, which may be importing this module
 
 SUPPORTED_BITS = (*range(2, 9), 16)
 

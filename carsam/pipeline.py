@@ -26,12 +26,13 @@ from carsam.methods.base import Method, create
 from carsam.models.load import load_model, resolve_device
 from carsam.models.prepare import prepare_model
 from carsam.models.sites import Sites, find_sites
-from carsam.pack.checkpoint import check_target, load, save_packed
+from carsam.pack.checkpoint import load, save_packed
 from carsam.pack.layers import PackedLayer
 from carsam.pack.layout import pack
 from carsam.quantizers import QuantizedLayer
 from carsam.reconstruct.store import UnitStore, code_fingerprint, fingerprint, model_fingerprint
 from carsam.reconstruct.walk import Progress, Walk, WalkReport, fit_weights, quantized_layers
+from carsam.run.target import Output
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def quantize(
     device = resolve_device(device)
     out = Path(out) if out is not None else None
     if out is not None:
-        check_target(out, overwrite)
+        Output(out, overwrite=overwrite).check()
 
     if isinstance(model, SamModel) and any(isinstance(module, PackedLayer) for module in model.modules()):
         raise CheckpointError("this model is packed already; quantize the float model that it was made from.")

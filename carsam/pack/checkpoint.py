@@ -5,26 +5,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import SamModel
 
 import carsam
 from carsam.data.transforms import preprocessor_config
-from carsam.errors import CarsamError, CheckpointError
+from carsam.errors import CheckpointError
 from carsam.models.load import quiet_transformers, resolve_device
 from carsam.models.sites import find_sites
 from carsam.pack.hub import METHOD, CarsamQuantizationConfig
 from carsam.pack.layout import describe
+from carsam.run.target import replaced_folder
 
 WEIGHTS, CONFIG, RECIPE, CHECKSUMS = "model.safetensors", "config.json", "recipe.yaml", "SHA256SUMS"
 KEEP_FLOAT32 = (".scale", ".weight_scale", ".split", ".offset")
@@ -50,45 +46,6 @@ def packed_state(model: SamModel) -> dict[str, torch.Tensor]:
     return state
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Refuses a place that must not be written to.
-
-    Raises:
-        CarsamError: It exists without ``overwrite``, or holds something other than a packed model.
-    """
-    if not target.exists():
-        return
-    if not overwrite:
-        raise CarsamError(f"{target} exists already; choose another folder or allow overwriting (--overwrite).")
-    if not target.is_dir() or not (is_packed(target) or (target / CHECKSUMS).is_file() or not any(target.iterdir())):
-        # Overwriting removes the whole folder: a slip like --out . must not take a user's files with it.
-        raise CarsamError(f"{target} is not a packed model, so it is not overwritten; choose another folder.")
-
-
-@contextmanager
-def _whole_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a folder beside ``target`` and moves it there when the block ends without an error."""
-    check_target(target, overwrite)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if target.exists():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            os.replace(target, old)
-            os.replace(temporary, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise CarsamError(
-            f"cannot write {target}: {error}. Nothing was left there; free space and run again."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def save_packed(model: SamModel, folder: Path, recipe: dict[str, Any], *, overwrite: bool = False) -> None:
     """Writes a packed model.
 
@@ -101,7 +58,7 @@ def save_packed(model: SamModel, folder: Path, recipe: dict[str, Any], *, overwr
     Raises:
         CarsamError: The folder exists, the disk is full, or it is not writable; nothing half-written is left.
     """
-    with _whole_or_nothing(Path(folder), overwrite) as temporary:
+    with replaced_folder(Path(folder), overwrite) as temporary:
         save_file(packed_state(model), temporary / WEIGHTS, metadata={"format": "pt"})
         config = json.loads(model.config.to_json_string(use_diff=True))
         config["architectures"] = ["SamModel"]
