@@ -25,7 +25,7 @@ _AT_50, _AT_75 = 0, 5
 _AREAS = {"": 0, "_small": 1, "_medium": 2, "_large": 3}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrueObject:
     """An object of the ground truth.
 
@@ -45,7 +45,7 @@ class TrueObject:
     crowd: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """A predicted mask and its score; image and category as in :class:`TrueObject`."""
 

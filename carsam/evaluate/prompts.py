@@ -29,7 +29,7 @@ FOUND_IOU = 0.7
 MIN_FOUND = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A box prompt.
 

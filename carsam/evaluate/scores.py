@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +10,7 @@ from typing import Any
 
 from carsam.errors import DataError
 from carsam.files import write_json
+from carsam.reading import read_json
 
 # AP over fewer objects moves by points when a few masks change.
 FEW_OBJECTS = 200
@@ -28,7 +28,7 @@ AP_NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageScore:
     """One image's result.
 
@@ -144,13 +144,8 @@ def read_float_scores(path: str | Path) -> CocoResult:
     """
     path = Path(path)
     fix = "write it with carsam evaluate FLOAT --json FILE"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}; {fix}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); {fix}.") from error
-    if isinstance(values, dict) and "segm_ap" not in values:
+    values = read_json(path, fix)
+    if "segm_ap" not in values:
         if "float_evaluation" not in values:
             raise DataError(f"{path} holds no scores of a float model; {fix}.")
         values = values["float_evaluation"]

@@ -70,10 +70,11 @@ def test_float_scores_of_a_file(tmp_path):
         path.write_text(json.dumps(content))
         assert read_float_scores(path).mean_iou == 42.1
     for text, words in (
-        ("{", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
+        ("{", "damaged"),
+        ("[" * 100_000, "damaged"),
         ('{"evaluation": {}}', "no scores of a float model"),
         ("[]", "mapping"),
+        ('{"float_evaluation": 3}', "mapping"),
         ('{"segm_ap": 3}', "'box_ap'"),
     ):
         path.write_text(text)
