@@ -247,10 +247,10 @@ def _warn(job: Job, generator: SamAutomaticMaskGenerator | None) -> None:
             generator.stability_score_thresh,
         )
     if job.empty:
-        logger.warning("%d masks have no pixel and are not in the COCO file.", job.empty)
+        logger.warning("left out of the COCO file, since they have no pixel: %d masks.", job.empty)
     if job.stale:
         logger.warning(
-            "%d files of an earlier prediction of these images are still there, such as %s.",
+            "files of an earlier prediction that are still there: %d, such as %s.",
             len(job.stale),
             job.stale[0],
         )

@@ -52,15 +52,13 @@ def find_photos(inputs: Iterable[str]) -> list[Photo]:
 
 def _expand(text: str) -> list[Photo]:
     path = Path(text).expanduser()
-    try:
-        if path.is_dir():
-            return [Photo(file) for file in list_images(path)]
-        if path.exists():
-            return [Photo(path)]
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
-        raise DataError(f"there is no image {text!r}: {getattr(error, 'strerror', None) or error}.") from error
+    # os.path answers False where pathlib raises: for names that are too long, or hold a NUL.
+    if text and os.path.isdir(path):
+        return [Photo(file) for file in list_images(path)]
+    if text and os.path.exists(path):
+        return [Photo(path)]
     if not glob.has_magic(text):
-        raise DataError(f"there is no image or folder {text}.")
+        raise DataError(f"there is no image or folder {text!r}.")
     found = (Path(name) for name in sorted(glob.glob(str(path), recursive=True)))
     files = [file for file in found if file.is_file()]
     images = [file for file in files if file.suffix.lower() in image_suffixes() or is_image(file)]
@@ -68,7 +66,7 @@ def _expand(text: str) -> list[Photo]:
     fix = f"{unreadable_suffix(left_out[0].suffix.lower())}" if left_out else ""
     if not images:
         hint = f" It matches {shown(left_out[0])}: {fix}." if left_out else " Quote the pattern, and try a folder."
-        raise DataError(f"no image matches {text}.{hint}")
+        raise DataError(f"no image matches {text!r}.{hint}")
     if left_out:
         logger.warning("%d files that match %s cannot be read, such as %s; %s.", len(left_out), text, left_out[0], fix)
     root = _root(path)

@@ -76,6 +76,10 @@ class Job:
         self._earlier = set(there)
         place = self.folder
         while not place.exists() and place != place.parent:
+            if place.is_symlink():
+                raise CarsamError(
+                    f"{place} is a link to {os.readlink(place)}, which is not there; choose another --out."
+                )
             place = place.parent
         if not place.is_dir() or not os.access(place, os.W_OK):
             why = "Permission denied" if place.is_dir() else f"{place} is a file"
@@ -149,10 +153,10 @@ class Job:
                 files["png"] = shown(path)
             masks.append(mask)
             described.append(describe(mask, files))
-            if files or generator is None:
-                self.say(f"{files.get('png') or shown(photo.path)}  {_summary(mask)}")
-        if generator is not None and "png" not in self.formats:
-            self.say(f"{shown(photo.path)}  {len(masks)} masks")
+            if files:
+                self.say(f"{files['png']}  {_summary(mask)}")
+        if "png" not in self.formats:
+            self.say(f"{shown(photo.path)}  {_summary(masks[0]) if len(masks) == 1 else f'{len(masks)} masks'}")
         record = {"image": shown(photo.path), "height": photo.size[0], "width": photo.size[1], "masks": described}
         if small is not None:
             path = self.folder / f"{stem}_overlay.png"

@@ -122,7 +122,7 @@ def test_one_after_the_other_nothing_is_replaced(run, photos, tmp_path):
     assert (tmp_path / "out" / "a_mask_1.png").read_bytes() == before
     result = run(photos / "a.jpg", *BOX, "--overwrite", "--format", "png")
     assert (tmp_path / "out" / "a_mask_1.png").read_bytes() != before
-    assert "1 files of an earlier prediction" not in result.stderr
+    assert "earlier prediction" not in result.stderr
     # A mask that the new run does not replace is named.
     (tmp_path / "out" / "a_mask_7.png").write_bytes(before)
     assert "a_mask_7.png" in run(photos / "a.jpg", *BOX, "--overwrite").stderr
@@ -197,6 +197,35 @@ def test_prompts_of_coco_keep_ids_and_categories(run, evaluation_folder, tmp_pat
     assert all(names[category["id"]] == category["name"] for category in found["categories"])
 
 
+def test_coco_boxes_of_another_form(run, evaluation_folder, tmp_path):
+    """x1, y1, x2, y2 in the place of x, y, width, height contradicts the masks."""
+    content = json.loads((evaluation_folder / "instances.json").read_text())
+    for a in content["annotations"]:
+        x, y, width, height = a["bbox"]
+        a["bbox"] = [x, y, x + width, y + height]
+    (tmp_path / "xyxy.json").write_text(json.dumps(content))
+    run(evaluation_folder / "images", "--prompts", tmp_path / "xyxy.json", fails="look like x1, y1, x2, y2")
+
+
+def test_the_orientation_that_the_prompts_mean(run, photos, nano, tmp_path):
+    """EXIF turns the image, unless the COCO file's size says that its boxes were drawn on the stored pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(photos / "a.png") as image:
+        image.save(photos / "turned.png", exif=exif)
+    file = tmp_path / "coco.json"
+    predictor = carsam.SamPredictor(nano)
+    for upright in (True, False):
+        height, width = (96, 64) if upright else (64, 96)
+        entry = {"id": 1, "file_name": "turned.png", "height": height, "width": width}
+        annotation = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [5, 5, 50, 50], "iscrowd": 0}
+        file.write_text(json.dumps({"images": [entry], "annotations": [annotation], "categories": []}))
+        run(photos / "turned.png", "--prompts", file, "--format", "png", "--overwrite")
+        predictor.set_image(read_image(photos / "turned.png", apply_exif=upright))
+        expected = predictor.predict(box=[5, 5, 55, 55], multimask_output=False)[0][0]
+        assert np.array_equal(read_mask(tmp_path / "out" / "turned_mask_1.png"), expected)
+
+
 def test_everything(run, photos, nano, tmp_path):
     result = run(photos / "a.png", *LOW, "--min-mask-region-area", "4", "--format", "png,coco,overlay", "--json", "-")
     expected = carsam.SamAutomaticMaskGenerator(
@@ -241,6 +270,9 @@ def test_places(run, photos, tmp_path):
     (photos / "a_overlay.png").write_bytes((photos / "a.png").read_bytes())
     run(photos / "a.png", photos / "a_overlay.png", *BOX, "--overwrite", out=photos, fails="is an input")
     run(photos / "a.png", *BOX, out=photos / "b.jpg" / "x", fails="cannot write")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    run(photos / "a.png", *BOX, out=tmp_path / "link", fails="which is not there")
+    run("", *BOX, fails="there is no image or folder ''")
 
 
 def test_interrupted(run, carsam_cli, nano_folder, photos, tmp_path, monkeypatch):

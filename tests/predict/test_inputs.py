@@ -39,9 +39,9 @@ def test_the_home_folder(photos, monkeypatch):
     assert names("~/*.png") == ["a.png"]
 
 
-@pytest.mark.parametrize("text", ["none.jpg", "none/*.jpg", "n" * 300, "a\0b"])
+@pytest.mark.parametrize("text", ["none.jpg", "none/*.jpg", "n" * 300, "a\0b", ""])
 def test_nothing_there(text, photos):
-    with pytest.raises(DataError, match=r"there is no image|no image matches"):
+    with pytest.raises(DataError, match=r"there is no image or folder|no image matches"):
         find_photos([text])
 
 
