@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json as json_module
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carsam.commands.common import Device, err, open_model, out
+from carsam.commands.common import Device, open_model
+from carsam.commands.output import STDOUT, Json, Output, Quiet
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError, DataError
-from carsam.files import write_json
 
 if TYPE_CHECKING:
     from carsam.automatic_masks import SamAutomaticMaskGenerator
@@ -116,12 +115,8 @@ def predict(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that are there.", rich_help_panel=OUTPUT)
     ] = False,
-    json: Annotated[
-        str | None,
-        typer.Option(
-            help="Also write what was found here; - is the standard output.", show_default=False, rich_help_panel=OUTPUT
-        ),
-    ] = None,
+    json: Json = None,
+    quiet: Quiet = False,
     device: Device = "auto",
 ) -> None:
     """Write masks of images: from boxes and points, or of everything.
@@ -155,10 +150,10 @@ def predict(
     if not photos:
         raise DataError(_unreadable([reason for _, reason in unreadable], len(unreadable)))
     _check_place(folder, inputs)
-    if json not in (None, "-") and Path(json).exists() and not overwrite:
+    output = Output(json, quiet=quiet)
+    if json not in (None, STDOUT) and Path(json).exists() and not overwrite:
         raise DataError(f"{json} exists already; choose another file for --json, or replace it with --overwrite.")
     assigned = _assign(photos, flags, file)
-    console = err if json == "-" else out
     job = Job(
         assigned.work,
         folder,
@@ -167,21 +162,19 @@ def predict(
         polygons,
         overwrite,
         assigned.image_ids,
-        lambda text: console.print(text, markup=False, soft_wrap=True),
+        output.line,
     )
     predictor = SamPredictor(open_model(model, device))
     generator = _generator(predictor, settings) if everything else None
-    with Reporter("predicting") as reporter:
-        job.run(predictor, generator, reporter.images if len(photos) > 1 else lambda done, total: None)
+    if quiet or len(assigned.work) == 1:
+        job.run(predictor, generator, lambda done, total: None)
+    else:
+        with Reporter("predicting") as reporter:
+            job.run(predictor, generator, reporter.images)
 
     failed = [*(reason for _, reason in unreadable), *job.failed]
     _warn(job, generator)
-    if json is not None:
-        record = {"model": model, "images": job.records, "unreadable": failed}
-        if json == "-":
-            typer.echo(json_module.dumps(record, indent=2, allow_nan=False))
-        else:
-            write_json(json, record)
+    output.save({"model": model, "images": job.records, "unreadable": failed})
     if failed:
         raise DataError(_unreadable(failed, len(photos) + len(unreadable)))
 

@@ -19,7 +19,7 @@ def _replacement(error: UnicodeError) -> tuple[str, int]:
 
 
 def prepare_streams() -> None:
-    """Makes stdout and stderr replace what their encoding lacks, instead of failing (LANG=C, names that are no UTF-8)."""
+    """Makes stdout and stderr replace what their encoding lacks instead of failing (LANG=C, names not in UTF-8)."""
     codecs.register_error("carsam", _replacement)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

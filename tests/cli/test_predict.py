@@ -272,7 +272,6 @@ def test_places(run, photos, tmp_path):
     run(photos / "a.png", *BOX, out=photos / "b.jpg" / "x", fails="cannot write")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     run(photos / "a.png", *BOX, out=tmp_path / "link", fails="which is not there")
-    run("", *BOX, fails="there is no image or folder ''")
 
 
 def test_interrupted(run, carsam_cli, nano_folder, photos, tmp_path, monkeypatch):
