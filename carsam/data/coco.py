@@ -162,11 +162,12 @@ class CocoInstances:
             DataError: The file is missing or unreadable, or has another size than the annotations say.
         """
         path = Path(folder) / image.file_name if image.path is None else image.path
-        notes = None if image.path is None else Notes()  # who looked for the file has said what is to be said
-        pixels = read_image(path, apply_exif=image.upright is not False, notes=notes)
-        if image.upright is None and image.height is not None and pixels.shape[:2] != image.size:
+        notes = None if image.path is None else Notes()  # check_images has said what is to be said
+        upright = image.upright is not False
+        pixels = read_image(path, apply_exif=upright, notes=notes)
+        if image.height is not None and pixels.shape[:2] != image.size:
             # Some annotation tools ignore the EXIF orientation; the noted size tells.
-            pixels = read_image(path, apply_exif=False, notes=notes)
+            pixels = read_image(path, apply_exif=not upright, notes=notes)
         if image.height is not None and pixels.shape[:2] != image.size:
             raise DataError(
                 f"{path} is {pixels.shape[0]} × {pixels.shape[1]} pixels (height × width), but {self.path.name} says "

@@ -59,6 +59,7 @@ _SIGNATURES = (
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _ORIENTATION = 0x0112
+MAX_DECODED_PIXELS = 50_000_000
 # Pillow's limit is one setting of the process.
 _pillow_limit = threading.Lock()
 
@@ -135,13 +136,20 @@ def read_header(path: Path) -> Header:
         DataError: The file is missing, is no image, or is too large.
     """
     with open_image(path) as image:
-        try:
-            orientation = image.getexif().get(_ORIENTATION, 1)
-        except DECODING_ERRORS:
-            orientation = 1
-        valid = isinstance(orientation, int) and 1 <= orientation <= 8
+        orientation = _orientation(image)
         wide = image.mode.startswith("I") or image.mode == "F" or any(";16" in str(tile[3]) for tile in image.tile)
-        return Header((image.height, image.width), orientation if valid else 1, wide)
+        return Header((image.height, image.width), orientation, wide)
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "PNG" and not image.info.keys() & {"exif", "Raw profile type exif", "xmp"}:
+        # Pillow would decode the pixels, to look for EXIF data after them.
+        return 1
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except DECODING_ERRORS:
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def check_whole(path: Path, *, decode: bool) -> None:
@@ -149,14 +157,15 @@ def check_whole(path: Path, *, decode: bool) -> None:
 
     Args:
         path: The file.
-        decode: Decode it (a JPEG at an eighth of its size); otherwise only its end is looked at.
+        decode: Decode it (a JPEG at an eighth of its size), unless it has more than 50 megapixels; otherwise only its
+            end is looked at.
 
     Raises:
         DataError: The file is damaged or cut off.
     """
     with open_image(path) as image:
         kind = image.format
-        if decode:
+        if decode and image.width * image.height <= MAX_DECODED_PIXELS:
             image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
             return
@@ -167,8 +176,9 @@ def check_whole(path: Path, *, decode: bool) -> None:
             end = file.read()
     except OSError as error:
         raise DataError(f"cannot read the image {path}: {error.strerror or error}") from error
-    marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "")
-    if marker is not None and marker not in end:
+    # A JPEG may hold a whole thumbnail before its own scan, which begins with FF DA.
+    cut = kind == "JPEG" and end.rfind(b"\xff\xd9") <= end.rfind(b"\xff\xda")
+    if cut or (kind == "PNG" and b"IEND" not in end):
         raise DataError(f"cannot read the image {path}: the file was cut off.")
 
 

@@ -89,15 +89,19 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _unpacked(data: bytes, path: Path) -> bytes:
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        content = unpacker.decompress(data, MAX_BYTES)
-    except zlib.error as error:
-        raise DataError(f"{path} is a damaged gzip file ({error}); copy or download it again.") from error
-    if unpacker.unconsumed_tail:
-        raise DataError(f"{path} unpacks to more than {MAX_BYTES / 2**30:.0f} GiB; split it into smaller files.")
-    if not unpacker.eof:
-        raise DataError(f"{path} is a gzip file that was cut off; copy or download it again.")
+    content = b""
+    # Several gzip files one after the other are a gzip file.
+    while data.startswith(_GZIP):
+        unpacker = zlib.decompressobj(wbits=31)
+        try:
+            content += unpacker.decompress(data, MAX_BYTES - len(content))
+        except (zlib.error, MemoryError) as error:
+            raise DataError(f"{path} is a damaged gzip file ({error}); copy or download it again.") from error
+        if unpacker.unconsumed_tail or len(content) >= MAX_BYTES:
+            raise DataError(f"{path} unpacks to more than {MAX_BYTES / 2**30:.0f} GiB; split it into smaller files.")
+        if not unpacker.eof:
+            raise DataError(f"{path} is a gzip file that was cut off; copy or download it again.")
+        data = unpacker.unused_data
     return content
 
 

@@ -50,7 +50,7 @@ def to_rgb(image: Image.Image, path: Path, notes: Notes, turn: Turn | None = Non
     if "transparency" in image.info or image.mode[-1] in "aA":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _remark(bits: int) -> str:
