@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -175,3 +176,98 @@ def test_non_maximum_suppression():
     assert non_maximum_suppression(boxes, torch.tensor([0.5, 0.9, 0.1, 0.5]), 0.9).tolist() == [1, 0, 2]
     assert non_maximum_suppression(boxes[:0], torch.zeros(0), 0.5).tolist() == []
     assert box_iou(torch.zeros(1, 4), torch.zeros(1, 4)).item() == 0
+
+
+def test_a_wrong_folder_is_an_error_in_one_line(model, tmp_path, caplog):
+    Image.new("RGB", (9, 9)).save(tmp_path / "other.png")
+    with pytest.raises(DataError, match=r"24 of the 24 images .* are not in .* give the folder"):
+        calibration_set(model, tmp_path, coco=COCO)
+    assert not caplog.records
+
+
+def test_skipped_images_are_counted_in_one_line(model, tmp_path, caplog):
+    paths = copy_images(tmp_path, 8)
+    for path in paths[:3]:
+        path.write_bytes(b"broken")
+    chosen = calibration_set(model, tmp_path, coco=COCO, n_images=4)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(chosen.images) == 4 and len(lines) == 1
+    assert lines[0].startswith(f"{chosen.skipped} calibration images skipped: ")
+
+
+def test_other_spellings_give_the_same_data(model, tmp_path):
+    content = json.loads(COCO.read_text())
+    for image in content["images"]:
+        image["file_name"] = "C:\\data\\" + image["file_name"]
+        image["height"] = float(image["height"])
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    found = calibration_set(model, IMAGES, coco=tmp_path / "coco.json", n_images=4)
+    assert found.fingerprint == calibration_set(model, IMAGES, coco=COCO, n_images=4).fingerprint
+
+
+def test_sizes_that_are_missing_are_read(model, tmp_path):
+    content = json.loads(COCO.read_text())
+    for image in content["images"]:
+        del image["height"], image["width"]
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    found = calibration_set(model, IMAGES, coco=tmp_path / "coco.json", n_images=4)
+    assert found.fingerprint == calibration_set(model, IMAGES, coco=COCO, n_images=4).fingerprint
+
+
+def test_masks_are_not_needed(model, tmp_path):
+    content = json.loads(COCO.read_text())
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = []
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    found = calibration_set(model, IMAGES, coco=tmp_path / "coco.json", n_images=4)
+    assert found.fingerprint == calibration_set(model, IMAGES, coco=COCO, n_images=4).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (lambda x, y, w, h, size: [x, y, x + w, y + h], "look like x1, y1, x2, y2"),
+        (lambda x, y, w, h, size: [x / size[0], y / size[1], w / size[0], h / size[1]], "shares of the image"),
+    ],
+)
+@pytest.mark.parametrize("with_masks", [True, False])
+def test_boxes_of_another_form(model, tmp_path, convert, message, with_masks):
+    content = json.loads(COCO.read_text())
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    for annotation in content["annotations"]:
+        annotation["bbox"] = convert(*annotation["bbox"], sizes[annotation["image_id"]])
+        if not with_masks:
+            annotation["segmentation"] = None
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    if not with_masks and message.startswith("look"):
+        pytest.skip("borders alone do not tell here")
+    with pytest.raises(DataError, match=message):
+        calibration_set(model, IMAGES, coco=tmp_path / "coco.json", n_images=2)
+
+
+def test_boxes_follow_the_orientation_that_fits_them(model, tmp_path, caplog):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png", exif=exif)
+    # Drawn upright (48 × 64), with the stored size noted.
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 48, "width": 64}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 24, 64]}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    chosen = calibration_set(model, tmp_path, coco=tmp_path / "coco.json")
+    assert chosen.images[0].boxes.tolist() == [[0, 0, 96, 256]]
+    assert "1 of 1 calibration images have boxes that fit only with width and height swapped" in caplog.text
+
+
+def test_deep_pixels_are_said_once(model, tmp_path, caplog):
+    for path in copy_images(tmp_path, 3):
+        values = np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16
+        Image.fromarray(values).save(path.with_suffix(".png"))
+        path.unlink()
+    chosen = calibration_set(model, tmp_path, box_source="grid")
+    assert [r.getMessage() for r in caplog.records if "16 bits" in r.getMessage()] == [
+        f"3 of 3 calibration images use 12 of 16 bits and were scaled by 4095 (first: {chosen.images[0].name})."
+    ]
+    # The 8-bit pixels gave the same up to rounding.
+    assert chosen.images[0].pixel_values.std() > 0.5
