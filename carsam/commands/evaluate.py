@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json as json_module
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,22 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from carsam.commands.common import Device, duration, err, merge_results, open_model, out
+from carsam.commands.common import Device, duration, err, merge_results, open_model
+from carsam.commands.output import Json, Output, Quiet, renamed
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError, DataError
-from carsam.files import write_json
 
 if TYPE_CHECKING:
     from transformers import SamModel
 
+    from carsam.evaluate.coco_metrics import Progress
     from carsam.evaluate.intervals import Difference
     from carsam.evaluate.journal import Journals
     from carsam.evaluate.points import PointResult
     from carsam.evaluate.scores import CocoResult
 
 logger = logging.getLogger(__name__)
-
-STDOUT = "-"
 
 
 def evaluate(
@@ -53,9 +53,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    json: Annotated[
-        str | None, typer.Option(help="Also write the scores here; - is the standard output.", show_default=False)
-    ] = None,
+    json: Json = None,
     save: Annotated[
         bool, typer.Option("--save/--no-save", help="Note the scores in a packed folder's results.json.")
     ] = True,
@@ -63,6 +61,7 @@ def evaluate(
         bool, typer.Option("--restart", "--no-resume", help="Discard what an interrupted evaluation finished.")
     ] = False,
     device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Measure masks from box prompts: segm AP, box AP, mean IoU.
 
@@ -71,20 +70,17 @@ def evaluate(
     from carsam.evaluate.journal import Journals, cache_folder
     from carsam.pack.checkpoint import is_packed
 
-    if boxes is not None:
-        err.print("note: --boxes is now --detections; the old name works in this version only.", markup=False)
-        if detections is not None:
-            raise ConfigError("--boxes is the old name of --detections; give only --detections.")
-        detections = boxes
-    _check_json_target(json, coco, detections, floating)
+    detections = renamed("--detections", detections, quiet=quiet, boxes=boxes)
+    _keep_inputs(json, model, coco, detections, floating)
+    output = Output(json, quiet=quiet)
     float_scores = _read_float_scores(floating)
     float_model = open_model(floating, device) if floating is not None and float_scores is None else None
     sam = open_model(model, device)
 
-    data = _Data(coco, images, detections, limit, points)
+    data = _Data(coco, images, detections, limit, points, quiet)
     started = time.perf_counter()
     # Finished images stay until everything that was asked for is written.
-    with Journals(cache_folder() / "evaluations", restart=restart, note=_note) as journals:
+    with Journals(cache_folder() / "evaluations", restart=restart, note=None if quiet else _note) as journals:
         try:
             float_run = None if float_model is None else data.measure(float_model, journals, "the float model, ")
             run = data.measure(sam, journals)
@@ -93,12 +89,11 @@ def evaluate(
         if float_run is not None:
             float_scores = float_run.result
         difference = _difference(run.result, float_scores)
-        console = err if json == STDOUT else out
-        console.print(_table(model, run, float_scores, float_run))
+        output.print(_table(model, run, float_scores, float_run))
         for line in _lines_below(run.result, difference):
-            console.print(line, markup=False, soft_wrap=True)
-        console.print(duration(time.perf_counter() - started))
-        _write_json(json, {"model": model, **run.to_dict(), **_difference_entry(floating, difference)})
+            output.line(line)
+        output.line(duration(time.perf_counter() - started))
+        output.save({"model": model, **run.to_dict(), **_difference_entry(floating, difference)})
     if save and is_packed(model):
         floats = {} if float_run is None else {"float_evaluation": float_run.to_dict()}
         _save(Path(model), evaluation=run.to_dict(), **floats)
@@ -128,6 +123,7 @@ class _Data:
     detections: Path | None
     limit: int | None
     points: bool
+    quiet: bool
 
     def measure(self, model: SamModel, journals: Journals, whose: str = "") -> _Run:
         """Evaluates a model with boxes and, where asked for, with clicks."""
@@ -136,31 +132,35 @@ class _Data:
 
         started = time.perf_counter()
         common: dict[str, Any] = {"limit": self.limit, "journals": journals}
-        with Reporter(f"evaluating {whose}boxes") as reporter:
+        with self._reporting(f"evaluating {whose}boxes") as progress:
             result = evaluate_coco(
-                model, self.coco, self.images, detections=self.detections, progress=reporter.images, **common
+                model, self.coco, self.images, detections=self.detections, progress=progress, **common
             )
         clicks = None
         if self.points:
-            with Reporter(f"evaluating {whose}clicks") as reporter:
-                clicks = evaluate_points(model, self.coco, self.images, progress=reporter.images, **common)
+            with self._reporting(f"evaluating {whose}clicks") as progress:
+                clicks = evaluate_points(model, self.coco, self.images, progress=progress, **common)
         boxes = str(self.detections) if self.detections else None
         data = {"coco": str(self.coco), "images": str(self.images), "boxes": boxes, "limit": self.limit}
         return _Run(data, result, clicks, time.perf_counter() - started)
 
+    @contextmanager
+    def _reporting(self, title: str) -> Iterator[Progress | None]:
+        """Yields the callback that shows how far the images are; None with ``--quiet``."""
+        if self.quiet:
+            yield None
+            return
+        with Reporter(title) as reporter:
+            yield reporter.images
 
-def _check_json_target(json: str | None, *inputs: str | Path | None) -> None:
-    """Refuses a file that cannot be written or is an input, before the work whose result it is to hold."""
-    if json is None or json == STDOUT:
-        return
-    path = Path(json)
-    if any(name is not None and Path(name).exists() and path.resolve() == Path(name).resolve() for name in inputs):
-        raise ConfigError(f"--json {path} would overwrite the file that is read from; give another name.")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir():
-        raise ConfigError(f"--json {path} is a folder; give a file.")
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"--json {path} cannot be written: {parent} is not a folder that can be written to.")
+
+def _keep_inputs(json: str | None, *inputs: str | Path | None) -> None:
+    """Refuses to write scores over a file that is read from."""
+    for name in inputs:
+        if json is None or name is None or not os.path.exists(json) or not os.path.exists(name):
+            continue
+        if os.path.samefile(json, name):
+            raise ConfigError(f"--json {json} would overwrite the file that is read from; give another name.")
 
 
 def _read_float_scores(floating: str | None) -> CocoResult | None:
@@ -172,7 +172,7 @@ def _read_float_scores(floating: str | None) -> CocoResult | None:
 
 
 def _note(line: str) -> None:
-    err.print(line, markup=False, soft_wrap=True)
+    err.print(line, soft_wrap=True)
 
 
 def _interrupted(journals: Journals) -> str:
@@ -236,13 +236,6 @@ def _lines_below(result: CocoResult, difference: Difference | None) -> list[str]
             f"images: {difference.low:+.2f} to {difference.high:+.2f}{unclear})."
         )
     return lines
-
-
-def _write_json(json: str | None, scores: dict[str, Any]) -> None:
-    if json == STDOUT:
-        typer.echo(json_module.dumps(scores, indent=2, allow_nan=False))
-    elif json is not None:
-        write_json(json, scores)
 
 
 def _save(folder: Path, **parts: Any) -> None:

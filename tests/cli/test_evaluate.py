@@ -48,6 +48,13 @@ def test_json_alone_on_stdout(carsam_cli, nano_folder, data, float_json):
     assert "segm AP50" in result.stderr
 
 
+def test_quiet(carsam_cli, nano_folder, data):
+    result = carsam_cli("evaluate", nano_folder, *data, "--quiet")
+    assert result.exit_code == 0 and not result.stderr and "mean IoU" in result.stdout
+    result = carsam_cli("evaluate", nano_folder, *data, "--quiet", "--json", "-")
+    assert not result.stderr and json.loads(result.stdout)["n_images"] == LIMIT
+
+
 @pytest.mark.parametrize("kind", ["json", "results", "model"])
 def test_difference_to_float(kind, made, carsam_cli, nano_folder, data, float_json, tmp_path):
     folder = shutil.copytree(made[0], tmp_path / "packed")
