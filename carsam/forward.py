@@ -146,6 +146,11 @@ def _check_prompts(
     Raises:
         ValueError: With the fix.
     """
+    named = (("points", points), ("labels", labels), ("boxes", boxes), ("mask inputs", masks))
+    for name, prompt in named:
+        if prompt is not None and (not isinstance(prompt, Tensor) or prompt.is_complex()):
+            what = prompt.dtype if isinstance(prompt, Tensor) else type(prompt).__name__
+            raise ValueError(f"{name} must be a real tensor, not {what}; SamPredictor.predict takes arrays and lists.")
     if (points is None) != (labels is None):
         raise ValueError("point coordinates and point labels must be given together.")
     if points is not None and (points.ndim != 3 or points.shape[2] != 2 or labels.shape != points.shape[:2]):
@@ -164,7 +169,7 @@ def _check_prompts(
     count = counts.pop() if counts else n_masks
     if n_masks not in (1, count):
         raise ValueError(f"as many mask inputs as prompts (or one) are needed, not {n_masks} and {count}.")
-    for name, prompt in (("points", points), ("boxes", boxes), ("mask inputs", masks)):
+    for name, prompt in named:
         if prompt is not None and not bool(torch.isfinite(prompt).all()):
             raise ValueError(f"{name} hold NaN or infinite numbers; give finite ones.")
     if labels is not None and not bool(((labels == 1) | (labels == 0) | (labels == -1)).all()):

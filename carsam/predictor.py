@@ -377,6 +377,8 @@ def _numbers(values: Any, name: str) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
     try:
+        if np.asarray(values).dtype.kind not in "biufO":  # complex numbers, dates and text would be converted
+            raise TypeError(f"it holds {np.asarray(values).dtype}")
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers: {error}.") from error

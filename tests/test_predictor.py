@@ -172,6 +172,8 @@ def test_state(model, image):
         ({"point_coords": POINTS, "point_labels": [1, None]}, "point_labels"),
         ({"point_coords": [[1, 2], [3]], "point_labels": LABELS}, "array of numbers"),
         ({"point_coords": "a", "point_labels": LABELS}, "array of numbers"),
+        ({"box": [1, 2, 30, 4j]}, "array of numbers: it holds complex"),
+        ({"box": 5}, "4 numbers"),
         ({"box": [1, 2, np.inf, 4]}, "box holds NaN or infinite"),
         ({"box": ["a", 2, 3, 4]}, "array of numbers"),
         ({"box": [220, 240, 105, 145]}, "upside down"),
@@ -195,6 +197,10 @@ def test_predict_torch_refuses(predictor):
         ((points, labels, torch.full((2, 4), float("nan"))), "boxes hold NaN"),
         ((points / 0, labels), "points hold NaN"),
         ((points, 3 * labels), "labels must be 1"),
+        ((points, labels / 0), "labels hold NaN"),
+        ((points, [[1], [1]]), "labels must be a real tensor, not list"),
+        ((None, None, np.zeros((1, 4))), "boxes must be a real tensor, not ndarray"),
+        ((None, None, torch.zeros(1, 4, dtype=torch.complex64)), "not torch.complex64"),
     ]:
         with pytest.raises(ValueError, match=message):
             predictor.predict_torch(*arguments)
