@@ -13,18 +13,18 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-import filelock
 import platformdirs
 import torch
 from torch import nn
 
 from carsam.reconstruct.store import fingerprint, model_fingerprint
+from carsam.run.lock import InUseError, locked
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +80,15 @@ class Journals:
             else:
                 self._tell_what_differs(digests)
             (folder / _ABOUT).write_text(json.dumps(digests), encoding="utf-8")
-        except filelock.Timeout:
+        except InUseError:
             logger.warning("another carsam runs the same evaluation; this one cannot be resumed if it is interrupted")
             return None
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # filelock: a file system without locks
             logger.warning(
                 "cannot keep finished images in %s (%s): an interrupted evaluation will start from the beginning. "
                 "Set %s to a folder that can be written to.",
                 self._folder,
-                error.strerror or error,
+                getattr(error, "strerror", None) or error,
                 CACHE_VARIABLE,
             )
             return None
@@ -156,20 +156,20 @@ class Journal:
 
     Raises:
         OSError: The folder cannot be written to.
-        filelock.Timeout: Another process has it open.
+        InUseError: Another process has it open.
     """
 
     def __init__(self, folder: Path, n_images: int):
         self.folder = folder
         self.n_images = n_images
-        self._lock = filelock.FileLock(folder / _LOCK)
-        self._lock.acquire(timeout=0)
+        self._held = ExitStack()
+        self._held.enter_context(locked(folder / _LOCK, f"the journal {folder}"))
         self._offsets: dict[int, int] = {}
         try:
             self._file: BinaryIO | None = (folder / _LINES).open("a+b")
             self._read_offsets()
         except OSError:
-            self._lock.release()
+            self._held.close()
             raise
 
     @property
@@ -219,7 +219,7 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._lock.release()
+        self._held.close()
 
     def _read_offsets(self) -> None:
         self._file.seek(0)
