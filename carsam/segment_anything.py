@@ -296,10 +296,6 @@ def as_sam_model(model: SamModel | SegmentAnything | str | Path) -> SamModel:
 
 
 def _open(source: str | Path) -> SamModel:
-    from carsam.models.load import load_model
-    from carsam.pack.checkpoint import CHECKSUMS, is_packed, load
+    from carsam.pack.checkpoint import open_model
 
-    # A packed folder whose config.json is gone must fail as one, not as a float model.
-    if is_packed(source) or (Path(source) / CHECKSUMS).exists():
-        return load(source)
-    return load_model(source)
+    return open_model(source)

@@ -26,7 +26,8 @@ from carsam.errors import CarsamError, CheckpointError
 from carsam.methods.base import create
 from carsam.models.prepare import prepare_model
 from carsam.models.sites import find_sites
-from carsam.pack.checkpoint import _sha256, save_packed
+from carsam.pack.checkpoint import save_packed
+from carsam.pack.folder import sha256
 from carsam.pack.layout import pack
 from carsam.quantizers import simulate
 
@@ -55,7 +56,7 @@ def assert_equal_outputs(first, second, pixel_values, boxes):
 
 def renew_checksums(folder: Path) -> None:
     """Makes an altered folder look whole."""
-    (folder / "SHA256SUMS").write_text("".join(f"{_sha256(folder / name)}  {name}\n" for name in PACKED_FILES))
+    (folder / "SHA256SUMS").write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in PACKED_FILES))
 
 
 @pytest.fixture

@@ -89,18 +89,14 @@ def show_warnings() -> None:
 
 
 def open_model(source: str, device: str) -> SamModel:
-    """A packed folder or a float model, whichever ``source`` is.
+    """A packed or a float model, whichever ``source`` is: a folder, a Hub id, or a checkpoint file.
 
     Raises:
         CarsamError: It is neither, or damaged; the device is not there.
     """
-    from carsam.models.load import load_model
-    from carsam.pack.checkpoint import CHECKSUMS, is_packed, load
+    from carsam.pack.checkpoint import open_model
 
-    # A packed folder whose config.json is gone must fail as one, not as a float model.
-    if is_packed(source) or (Path(source) / CHECKSUMS).exists():
-        return load(source, device=device)
-    return load_model(source, device=device)
+    return open_model(source, device=device)
 
 
 @contextmanager
@@ -117,12 +113,19 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def merge_results(folder: Path, **parts: Any) -> None:
-    """Puts measurements into a packed folder's ``results.json``; other parts there stay.
+    """Puts measurements into a packed folder's ``results.json`` and its model card; other parts there stay.
+
+    Neither holds a path of this machine: of files and folders elsewhere, the name is kept.
 
     Raises:
         CarsamError: The disk is full, or the folder is not writable.
     """
-    write_json(folder / RESULTS, {**read_results(folder), **parts})
+    from carsam.pack.folder import portable
+    from carsam.pack.model_card import update_card
+
+    results = portable({**read_results(folder), **parts})
+    write_json(folder / RESULTS, results)
+    update_card(folder, results)
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,24 +26,26 @@ def info(
     ],
 ) -> None:
     """Show method, bits, sizes and layers of a model."""
-    from carsam.pack.checkpoint import folder_size, is_packed
+    from carsam.pack.checkpoint import folder_size
+    from carsam.pack.source import packed_folder
 
+    folder = packed_folder(model)
     sam = open_model(model, "cpu")
     half = float16_bytes(sam)
-    if is_packed(model):
+    if folder is not None:
         config = sam.config.quantization_config
-        packed = folder_size(model)
+        packed = folder_size(folder)
         _line(f"{model}: {config.method} at {config.bits}, written by carsam {config.carsam_version}")
         _line(f"weights {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
     else:
         _line(f"{model}: SAM in floating point, {megabytes(half)} in FP16")
     _line(f"input {sam.config.vision_config.image_size} × {sam.config.vision_config.image_size} pixels")
     out.print(layer_table(sam))
-    if is_packed(model):
+    if folder is not None:
         _line(f"grids of activations: {grids(config.layout)}")
         _line("recipe:")
-        _line((Path(model) / "recipe.yaml").read_text(encoding="utf-8").rstrip())
-        scores = read_results(Path(model)).get("evaluation", {})
+        _line((folder / "recipe.yaml").read_text(encoding="utf-8").rstrip())
+        scores = read_results(folder).get("evaluation", {})
         known = [f"{key} {scores[key]:.2f}" for key in ("segm_ap", "box_ap", "mean_iou") if key in scores]
         if known:
             _line(f"last evaluation: {', '.join(known)} ({scores.get('coco')})")

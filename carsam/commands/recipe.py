@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,7 @@ def quantize_config(
     from carsam.config import QuantizeConfig
     from carsam.methods.base import create
 
-    values: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
+    values: dict[str, Any] = _read_with_places(recipe, calibration) if recipe is not None else {}
     for key in ("settings", "overrides", "calibration"):
         if not isinstance(values.setdefault(key, {}), dict):
             raise ConfigError(f"{key!r} in the recipe {recipe} must be a mapping.")
@@ -177,6 +177,30 @@ def quantize_config(
     create(config.method, config.settings)
     config.bit_plan()
     return config
+
+
+def _read_with_places(recipe: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in a recipe file, with its calibration images where they lie on this machine.
+
+    Raises:
+        ConfigError: See :func:`read_recipe`; or the recipe's images are not here and no flag names them.
+    """
+    from carsam.pack.calibration_places import recalled
+
+    stored = read_yaml(recipe)
+    values = {key: value for key, value in stored.items() if key not in RUN_KEYS}
+    calibration = values.get("calibration")
+    if not isinstance(calibration, dict):
+        return values
+    calibration = {**calibration, **recalled(stored)}
+    for key, flag in (("images", "--data"), ("coco", "--data-coco")):
+        place = calibration.get(key)
+        if isinstance(place, str) and place and given.get(key) is None and not Path(place).exists():
+            raise ConfigError(
+                f"the recipe {recipe} was made with calibration data named {place!r}, which is not here; give it with "
+                f"{flag}."
+            )
+    return {**values, "calibration": calibration}
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from carsam.methods.base import Method, create
 from carsam.models.load import load_model
 from carsam.models.prepare import prepare_model
 from carsam.models.sites import Sites, find_sites
-from carsam.pack.checkpoint import CHECKSUMS, RECIPE, is_packed, load
+from carsam.pack.checkpoint import RECIPE, load
 from carsam.pack.layers import PackedLayer
+from carsam.pack.source import packed_folder
 from carsam.quantizers import ActivationQuantizer, UniformSoftmax
 from carsam.reading import read_yaml
 from carsam.reconstruct.walk import fit_weights, quantized_layers
@@ -64,16 +65,18 @@ def open_pair(float_model: str | Path, quantized: str | Path, device: str | torc
 
     Args:
         float_model: As for ``carsam quantize``.
-        quantized: Packed folder.
+        quantized: Packed folder, or Hub id of one.
         device: ``cpu``, ``cuda`` or ``auto``.
 
     Raises:
         CarsamError: A model is missing, damaged or of the wrong kind; they are not float and quantized form of one
             model; the device is not there.
     """
-    folder = Path(quantized)
-    if not is_packed(folder) and not (folder / CHECKSUMS).exists():
-        raise CheckpointError(f"{quantized} is not a packed carsam model; give the folder that carsam quantize wrote.")
+    folder = packed_folder(quantized)
+    if folder is None:
+        raise CheckpointError(
+            f"{quantized} is not a packed carsam model; give the folder that carsam quantize wrote, or its Hub id."
+        )
     packed = load(folder, device=device)
     recipe = read_yaml(folder / RECIPE, _FIX, error=CheckpointError)
     name, settings = (recipe.get(key) for key in ("method", "settings")) if isinstance(recipe, dict) else (None, None)

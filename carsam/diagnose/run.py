@@ -20,7 +20,9 @@ from carsam.diagnose.results import Diagnosis
 from carsam.diagnose.samples import FLOAT_MASKS, GROUND_TRUTH, calibration_data, read_samples
 from carsam.diagnose.sensitivity import MAX_IMAGES, sensitivity
 from carsam.diagnose.site_values import weight_results
+from carsam.errors import CheckpointError
 from carsam.models.load import resolve_device
+from carsam.pack.source import packed_folder
 from carsam.quantizers import simulate
 
 Progress = Callable[[str, str, int, int], None]
@@ -68,6 +70,8 @@ def diagnose(
     def report(stage: str, noun: str) -> Callable[[int, int], None]:
         return lambda done, total: advance(stage, noun, done, total)
 
+    if out is None and not Path(quantized).exists() and packed_folder(quantized) is not None:
+        raise CheckpointError(f"{quantized} is a model of the Hub; name a folder for its diagnosis with --out.")
     target = Path(out) if out is not None else Path(quantized) / FOLDER
     device = resolve_device(device)
     pair = open_pair(float_model, quantized, device)
@@ -106,7 +110,7 @@ def diagnose(
         attentions=passes.attentions,
         heat_maps=heat_maps,
         oscillation=course,
-        units=reconstruction_units(Path(quantized)),
+        units=reconstruction_units(packed_folder(quantized) or Path(quantized)),
         sites=passes.sites,
         weights=weight_results(pair),
         sensitivity=sensitivities,

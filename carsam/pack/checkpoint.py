@@ -3,47 +3,35 @@ checksums; ``results.json`` when measured. Written beside its place and moved th
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from transformers import SamModel
 
-import carsam
-from carsam.data.transforms import preprocessor_config
-from carsam.errors import CheckpointError
-from carsam.models.load import quiet_transformers, resolve_device
-from carsam.models.sites import find_sites
-from carsam.pack.hub import METHOD, CarsamQuantizationConfig
-from carsam.pack.layout import describe
+import carsam.pack.hub  # noqa: F401 - registers packed folders with transformers
+from carsam.errors import CarsamError, CheckpointError
+from carsam.models.load import is_hub_id, load_model, quiet_transformers, resolve_device
+from carsam.models.random_init import BAD_CONFIG
+from carsam.pack.calibration_places import remember
+from carsam.pack.folder import CHECKSUMS, CONFIG, RECIPE, WEIGHTS, is_packed, read_config, read_header, verify
+from carsam.pack.source import packed_folder
+from carsam.pack.writing import Facts, packed_state, write_packed
 from carsam.run.target import replaced_folder
 
-WEIGHTS, CONFIG, RECIPE, CHECKSUMS = "model.safetensors", "config.json", "recipe.yaml", "SHA256SUMS"
-KEEP_FLOAT32 = (".scale", ".weight_scale", ".split", ".offset")
-
-
-def packed_state(model: SamModel) -> dict[str, torch.Tensor]:
-    """The tensors of the file: bytes and zero points as they are, grids in FP32, the rest in FP16.
-
-    Scales stay in FP32: in FP16 those of small weights would be subnormal, and they are a thousandth of the file.
-    """
-    state = {}
-    tied = set(model._tied_weights_keys or ())
-    for name, value in model.state_dict().items():
-        if name in tied:
-            continue
-        value = value.detach().cpu()
-        if value.is_floating_point() and not name.endswith(KEEP_FLOAT32):
-            half = value.to(torch.float16)
-            if not bool(torch.isfinite(half).all()):
-                raise CheckpointError(f"{name} holds values beyond the range of FP16; it cannot be stored.")
-            value = half
-        state[name] = value.contiguous()
-    return state
+__all__ = [
+    "CHECKSUMS",
+    "CONFIG",
+    "RECIPE",
+    "WEIGHTS",
+    "folder_size",
+    "is_packed",
+    "load",
+    "open_model",
+    "packed_state",
+    "save_packed",
+]
 
 
 def save_packed(model: SamModel, folder: Path, recipe: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -59,95 +47,99 @@ def save_packed(model: SamModel, folder: Path, recipe: dict[str, Any], *, overwr
         CarsamError: The folder exists, the disk is full, or it is not writable; nothing half-written is left.
     """
     with replaced_folder(Path(folder), overwrite) as temporary:
-        save_file(packed_state(model), temporary / WEIGHTS, metadata={"format": "pt"})
-        config = json.loads(model.config.to_json_string(use_diff=True))
-        config["architectures"] = ["SamModel"]
-        config["dtype"] = "float32"
-        config["quantization_config"] = CarsamQuantizationConfig(
-            describe(model, find_sites(model)),
-            bits=recipe["bits"],
-            method=recipe["method"],
-            carsam_version=carsam.__version__,
-        ).to_dict()
-        _write_json(temporary / CONFIG, config)
-        _write_json(temporary / "preprocessor_config.json", preprocessor_config(model))
-        (temporary / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
-        names = sorted(path.name for path in temporary.iterdir())
-        sums = "".join(f"{_sha256(temporary / name)}  {name}\n" for name in names)
-        (temporary / CHECKSUMS).write_text(sums)
+        write_packed(model, temporary, Facts(recipe))
+    remember(recipe)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def is_packed(folder: str | Path) -> bool:
-    """Whether a folder says that it holds a packed carsam model."""
-    try:
-        config = json.loads((Path(folder) / CONFIG).read_text())
-        return config["quantization_config"]["quant_method"] == METHOD
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def verify(folder: Path) -> None:
-    """Checks that a packed folder is whole and unaltered.
-
-    Raises:
-        CheckpointError: A file is missing, truncated or altered, or the folder is not a packed model.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the folder that carsam quantize wrote.")
-    sums = folder / CHECKSUMS
-    if not sums.is_file():
-        raise CheckpointError(f"{folder} has no {CHECKSUMS}; it is not a packed carsam model, or an incomplete copy.")
-    for line in sums.read_text().splitlines():
-        expected, _, name = line.partition("  ")
-        if not name or "/" in name:
-            raise CheckpointError(f"{sums} is damaged; get the folder again.")
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder} lacks {name}; get the folder again.")
-        if _sha256(path) != expected:
-            raise CheckpointError(
-                f"{path} is truncated or altered: its checksum differs from {CHECKSUMS}; get it again."
-            )
-    if not is_packed(folder):
-        raise CheckpointError(f"{folder / CONFIG} does not describe a packed carsam model.")
-
-
-def load(folder: str | Path, *, device: str | torch.device = "cpu") -> SamModel:
-    """Loads a packed folder.
+def load(source: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None) -> SamModel:
+    """Loads a packed model.
 
     Args:
-        folder: What ``carsam quantize`` wrote.
+        source: What ``carsam quantize``, ``model.save_pretrained`` or ``model.push_to_hub`` wrote: a folder, or a Hub
+            id (``owner/name``, ``owner/name@revision``), which works offline when it is in the cache.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
+        revision: Branch, tag or commit of a Hub id.
 
     Returns:
         A ``SamModel`` in eval mode, computing in float32 on the integers of the file.
 
     Raises:
-        CheckpointError: The folder is incomplete, altered, or not a packed model.
+        CheckpointError: The folder is incomplete, altered, or not a packed model; the Hub does not have it.
         DeviceError: The device is not there.
     """
-    folder, device = Path(folder), resolve_device(device)
-    verify(folder)
-    with quiet_transformers(bars=False):
-        model, info = SamModel.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-        )
+    device = resolve_device(device)
+    folder = packed_folder(source, revision)
+    if folder is None:
+        folder = _not_packed(source)
+    check_folder(folder)
+    try:
+        with quiet_transformers(bars=False):
+            model, info = SamModel.from_pretrained(
+                str(folder),
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except CarsamError:
+        raise
+    except (OSError, SafetensorError, RecursionError, *BAD_CONFIG) as error:
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{folder} cannot be loaded: {why.rstrip('.')}. Get the folder again.") from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise CheckpointError(f"{folder} does not hold the tensors that it should, for example {sorted(wrong)[:3]}.")
     return model.to(device).eval().requires_grad_(False)
+
+
+def open_model(source: str | Path, *, device: str | torch.device = "cpu") -> SamModel:
+    """A packed or a float model, whichever ``source`` is.
+
+    Args:
+        source: What :func:`load` takes, or :func:`carsam.load_model`.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
+
+    Raises:
+        CarsamError: It is neither, or damaged; the device is not there.
+    """
+    device = resolve_device(device)
+    folder = packed_folder(source)
+    return load(folder, device=device) if folder is not None else load_model(source, device=device)
+
+
+def check_folder(folder: Path) -> None:
+    """Checks all of a packed folder but the checksum of its weights, before anything is built.
+
+    Takes milliseconds whatever the files say. The weights are read once, when they are loaded.
+
+    Raises:
+        CheckpointError: A file is missing, altered or unreadable; ``config.json`` does not fit the weights.
+    """
+    verify(folder, weights=False)
+    read_header(folder / WEIGHTS)
+
+
+def _not_packed(source: str | Path) -> Path:
+    """Says what a source is that carsam.load does not load.
+
+    Returns:
+        The folder, where a look into it says more.
+    """
+    if Path(source).expanduser().is_dir():
+        folder = Path(source).expanduser()
+        if (folder / CONFIG).is_file() and not is_packed(folder):
+            read_config(folder)
+            raise CheckpointError(
+                f"{source} is not a packed carsam model; quantize it with carsam quantize, or open a float model with "
+                "carsam.load_model."
+            )
+        return folder
+    if is_hub_id(str(source).partition("@")[0]):
+        raise CheckpointError(
+            f"{source} is not a packed carsam model; quantize it with carsam quantize, or open a float model with "
+            "carsam.load_model."
+        )
+    raise CheckpointError(f"{source} is not a folder; give the folder that carsam quantize wrote, or a Hub id.")
 
 
 def folder_size(folder: str | Path) -> int:

@@ -1,78 +1,69 @@
 """Registration with transformers: after ``import carsam``, ``SamModel.from_pretrained(DIR)`` loads a packed folder.
 
-Without the import, transformers warns of an unknown ``quant_method`` and tries to go on; the packed ``weight`` tensors
-are one-dimensional, so it stops at their shapes (see :class:`carsam.pack.layers.PackedLayer`).
+Without the import, transformers warns of the unknown ``quant_method: carsam`` and stops before it builds the model,
+with an error that says to import carsam (see :data:`carsam.pack.quantization_config.NOTICE`). Where a caller names
+another attention, it stops at the packed ``weight`` tensors, which are one-dimensional (see
+:class:`carsam.pack.layers.PackedLayer`).
+
+This module is imported at the moment when transformers' SAM is, perhaps by a module of carsam that is itself only half
+imported. So it imports nothing of carsam that imports that SAM; its methods do when they are called.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.sam.modeling_sam import SAM_VISION_ATTENTION_CLASSES
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from carsam.errors import CheckpointError
-from carsam.pack.layers import PackedLayer
-from carsam.pack.layout import FORMAT_VERSION, build_packed
-from carsam.quantizers import SiteQuantizer
+from carsam.pack.folder import METHOD
+from carsam.pack.quantization_config import NOTICE, CarsamQuantizationConfig
 
-METHOD = "carsam"
-
-
-@register_quantization_config(METHOD)
-class CarsamQuantizationConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a packed folder: the layout and where it came from.
-
-    Args:
-        layout: See :func:`carsam.pack.layout.describe`.
-        bits: Default bits as ``w4a4``.
-        method: Name of the method.
-        carsam_version: That wrote it.
-        format: Version of the layout.
-    """
-
-    def __init__(
-        self,
-        layout: dict[str, Any],
-        bits: str = "",
-        method: str = "",
-        carsam_version: str = "",
-        format: int = FORMAT_VERSION,
-        **_: Any,
-    ):
-        if format != FORMAT_VERSION:
-            raise CheckpointError(
-                f"the packed folder has format {format}, this carsam reads {FORMAT_VERSION}; install the carsam that "
-                f"wrote it ({carsam_version or 'unknown'}) or quantize again."
-            )
-        self.quant_method = METHOD
-        self.layout, self.bits, self.method = layout, bits, method
-        self.carsam_version, self.format = carsam_version, format
-
-    def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self.__dict__)
+register_quantization_config(METHOD)(CarsamQuantizationConfig)
+# What config.json asks for exists where carsam is imported: transformers' eager attention, which the packed form then
+# replaces wherever there is one.
+ALL_ATTENTION_FUNCTIONS.register(NOTICE, ALL_ATTENTION_FUNCTIONS["sdpa"])
+SAM_VISION_ATTENTION_CLASSES[NOTICE] = SAM_VISION_ATTENTION_CLASSES["eager"]
 
 
 @register_quantizer(METHOD)
 class CarsamHfQuantizer(HfQuantizer):
-    """Builds the packed form before transformers loads the tensors, and checks it afterwards."""
+    """Builds the packed form before transformers loads the tensors, and checks it before and afterwards."""
 
     requires_calibration = True
+    _folder: Path | None = None
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Called before the model is built (by transformers that know this hook): refuses what would take for ever."""
+        from carsam.pack.checks import check_sizes
+
+        check_sizes(config, self.quantization_config.layout)
+        return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from carsam.pack.checks import check_tensors, verified_folder
+        from carsam.pack.layout import build_packed
+
+        files = [Path(path) for path in kwargs.get("checkpoint_files") or ()]
+        if files:
+            self._folder = verified_folder(files)
         build_packed(model, self.quantization_config.layout)
         # Before loading: transformers makes up what a file lacks, and only logs it.
-        check_tensors(model, kwargs.get("checkpoint_files") or ())
+        check_tensors(model, files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        check_complete(model)
-        return model
+        from carsam.pack.checks import check_values
+        from carsam.pack.writing import Facts, attach, read_facts
+
+        check_values(model)
+        if model.config._attn_implementation == NOTICE:
+            model.config._attn_implementation = "eager"
+        config = self.quantization_config
+        made = {"carsam_version": config.carsam_version, "method": config.method, "bits": config.bits}
+        return attach(model, read_facts(self._folder) if self._folder is not None else Facts(made))
 
     def is_serializable(self) -> bool:
         return True
@@ -80,50 +71,3 @@ class CarsamHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def check_tensors(model: PreTrainedModel, files: Sequence[str]) -> None:
-    """Refuses files that do not hold exactly the tensors of a packed model.
-
-    Args:
-        model: From :func:`carsam.pack.layout.build_packed`.
-        files: The files that its tensors will be loaded from; none where they come from memory.
-
-    Raises:
-        CheckpointError: A tensor is missing, or there is one that the model has no place for.
-    """
-    if not files:
-        return
-    found: set[str] = set()
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                found.update(file.keys())
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is not a safetensors file, or damaged; get it again. ({error})") from error
-    expected = set(model.state_dict())
-    tied = set(model._tied_weights_keys or ())
-    wrong = sorted((expected - tied - found) | (found - expected))
-    if wrong:
-        raise CheckpointError(
-            f"{', '.join(str(path) for path in files)} does not hold the tensors that config.json describes: missing "
-            f"or unexpected {', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; it is "
-            "damaged, get it again."
-        )
-
-
-def check_complete(model: nn.Module) -> None:
-    """Refuses a packed model with a grid that was never loaded.
-
-    Raises:
-        CheckpointError: A scale is missing, not finite or not positive.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLayer):
-            scale = module.weight_scale
-        elif isinstance(module, SiteQuantizer) and module.bits < 16:
-            scale = module.scale
-        else:
-            continue
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise CheckpointError(f"the packed folder has no usable scale for {name}; it is damaged, get it again.")

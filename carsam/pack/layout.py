@@ -6,11 +6,13 @@ model before its tensors are loaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import SamModel
 
+from carsam.config import SUPPORTED_BITS
 from carsam.errors import CheckpointError
 from carsam.models.attention import MatMulQuantizers
 from carsam.models.prepare import attach_attention
@@ -18,7 +20,10 @@ from carsam.models.sites import OPERANDS, Sites, find_sites, replace_module
 from carsam.pack.layers import PackedLayer
 from carsam.quantizers import ACTIVATION_GRIDS, SOFTMAX_GRIDS, QuantizedLayer, SiteQuantizer
 
-FORMAT_VERSION = 1
+# More than any model has: ViT-H has 179 layers.
+MOST_SITES = 20_000
+# What a grid's description may hold beside its name and bits, with the largest value.
+GRID_ARGUMENTS = {"grouped": {"groups": 256, "channels": 2**20}}
 
 
 def describe(model: SamModel, sites: Sites) -> dict[str, Any]:
@@ -40,12 +45,59 @@ def describe(model: SamModel, sites: Sites) -> dict[str, Any]:
     return {"layers": layers, "attentions": attentions}
 
 
-def _build(spec: dict[str, Any], grids: dict[str, type[nn.Module]]) -> nn.Module:
-    if spec["grid"] not in grids:
+def check_layout(layout: Any) -> dict[str, Any]:
+    """Refuses what :func:`describe` cannot have written.
+
+    Raises:
+        CheckpointError: A mapping, name, grid or number of bits is not what it must be.
+    """
+    parts = [layout.get(part) if isinstance(layout, Mapping) else None for part in ("layers", "attentions")]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise _wrong("layout", "it must hold the mappings layers and attentions")
+    layers, attentions = parts
+    if len(layers) + len(attentions) > MOST_SITES:
+        raise _wrong("layout", "it names more sites than any model has")
+    for name, spec in layers.items():
+        if not isinstance(spec, Mapping) or set(spec) != {"weight", "input"}:
+            raise _wrong(name, "a layer has weight and input")
+        _check_bits(name, spec["weight"])
+        _check_grid(f"{name}.input", spec["input"], ACTIVATION_GRIDS)
+    for name, operands in attentions.items():
+        if not isinstance(operands, Mapping) or set(operands) != set(OPERANDS):
+            raise _wrong(name, f"an attention has {', '.join(OPERANDS)}")
+        for which, spec in operands.items():
+            _check_grid(f"{name}.{which}", spec, SOFTMAX_GRIDS if which == "probs" else ACTIVATION_GRIDS)
+    return layout
+
+
+def _check_grid(name: str, spec: Any, grids: Mapping[str, type[nn.Module]]) -> None:
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("grid"), str):
+        raise _wrong(name, "a grid has a name and bits")
+    grid = spec["grid"]
+    if grid not in grids:
         raise CheckpointError(
-            f"the packed model uses the grid {spec['grid']!r}, which this version of carsam does not know "
+            f"the packed model uses the grid {grid[:60]!r}, which this version of carsam does not know "
             f"(it knows {', '.join(grids)}); install a newer carsam."
         )
+    _check_bits(name, spec.get("bits"))
+    allowed = GRID_ARGUMENTS.get(grid, {})
+    for key, value in spec.items():
+        if key in ("grid", "bits"):
+            continue
+        if key not in allowed or type(value) is not int or not 0 <= value <= allowed[key]:
+            raise _wrong(name, f"the grid {grid} has no {str(key)[:60]} of {str(value)[:60]}")
+
+
+def _check_bits(name: str, bits: Any) -> None:
+    if type(bits) is not int or bits not in SUPPORTED_BITS:
+        raise _wrong(name, f"bits are one of {', '.join(map(str, SUPPORTED_BITS))}, not {str(bits)[:60]}")
+
+
+def _wrong(name: str, why: str) -> CheckpointError:
+    return CheckpointError(f"config.json describes {str(name)[:120]} wrongly: {why}; get the packed folder again.")
+
+
+def _build(spec: dict[str, Any], grids: dict[str, type[nn.Module]]) -> nn.Module:
     arguments = {name: value for name, value in spec.items() if name != "grid"}
     try:
         return grids[spec["grid"]](**arguments, always=True)
@@ -54,7 +106,7 @@ def _build(spec: dict[str, Any], grids: dict[str, type[nn.Module]]) -> nn.Module
 
 
 def build_packed(model: SamModel, layout: dict[str, Any]) -> None:
-    """Turns a float model, in place, into the (empty) packed form that a layout describes.
+    """Turns a float model, in place, into the (empty) packed form that a layout describes (see :func:`check_layout`).
 
     Raises:
         CheckpointError: The layout does not fit the model.
@@ -65,7 +117,8 @@ def build_packed(model: SamModel, layout: dict[str, Any]) -> None:
     unknown = (set(layout["layers"]) - linears) | (set(layout["attentions"]) ^ set(attentions))
     if unknown:
         raise CheckpointError(
-            f"the packed folder's config.json does not fit its model: unexpected or missing {sorted(unknown)[:3]}."
+            f"the packed folder's config.json does not fit its model: unexpected or missing "
+            f"{', '.join(str(name)[:120] for name in sorted(unknown)[:3])}."
         )
     for name, spec in layout["layers"].items():
         layer = model.get_submodule(name)

@@ -22,7 +22,7 @@ def test_quantize_writes_what_the_api_writes(made, packed_folder):
     folder, result = made
     assert files(folder) == files(packed_folder)
     assert set(files(folder)) == {
-        *("config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "SHA256SUMS"),
+        *("config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "SHA256SUMS", "README.md"),
     }
     assert not list(folder.parent.glob("*.partial"))
     units = read_results(folder)["quantization"]["units"]
