@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,7 @@ def quantize_config(
     from carsam.config import QuantizeConfig
     from carsam.methods.base import create
 
-    values: dict[str, Any] = _read_with_places(recipe, calibration) if recipe is not None else {}
+    values: dict[str, Any] = _read_with_places(recipe) if recipe is not None else {}
     for key in ("settings", "overrides", "calibration"):
         if not isinstance(values.setdefault(key, {}), dict):
             raise ConfigError(f"{key!r} in the recipe {recipe} must be a mapping.")
@@ -179,11 +179,25 @@ def quantize_config(
     return config
 
 
-def _read_with_places(recipe: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def require_places(config: QuantizeConfig, recipe: Path) -> None:
+    """Refuses a recipe's calibration data that is not here: a recipe of another machine holds names, not places.
+
+    Raises:
+        ConfigError: The images or their COCO file are not here.
+    """
+    for place, flag in ((config.calibration.images, "--data"), (config.calibration.coco, "--data-coco")):
+        if place and not Path(place).exists():
+            raise ConfigError(
+                f"the recipe {recipe} was made with calibration data named {place!r}, which is not here; name it with "
+                f"{flag}."
+            )
+
+
+def _read_with_places(recipe: Path) -> dict[str, Any]:
     """The configuration in a recipe file, with its calibration images where they lie on this machine.
 
     Raises:
-        ConfigError: See :func:`read_recipe`; or the recipe's images are not here and no flag names them.
+        ConfigError: See :func:`read_recipe`.
     """
     from carsam.pack.calibration_places import recalled
 
@@ -192,15 +206,7 @@ def _read_with_places(recipe: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     calibration = values.get("calibration")
     if not isinstance(calibration, dict):
         return values
-    calibration = {**calibration, **recalled(stored)}
-    for key, flag in (("images", "--data"), ("coco", "--data-coco")):
-        place = calibration.get(key)
-        if isinstance(place, str) and place and given.get(key) is None and not Path(place).exists():
-            raise ConfigError(
-                f"the recipe {recipe} was made with calibration data named {place!r}, which is not here; give it with "
-                f"{flag}."
-            )
-    return {**values, "calibration": calibration}
+    return {**values, "calibration": {**calibration, **recalled(stored)}}
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
