@@ -129,7 +129,7 @@ def quantize(
     ] = 6.0,
 ) -> None:
     """Quantize a SAM into a packed folder."""
-    from carsam.commands.recipe import quantize_config
+    from carsam.commands.recipe import quantize_config, require_places
     from carsam.pipeline import quantize as run
 
     config = quantize_config(
@@ -151,6 +151,8 @@ def quantize(
     )
     if not config.calibration.images:
         raise ConfigError("calibration images are missing; name their folder with --data.")
+    if recipe is not None:
+        require_places(config, recipe)
     if out.name in ("", ".."):
         out = out.resolve()  # working files lie beside OUT, under names made from its own
     try:

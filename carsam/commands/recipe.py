@@ -185,7 +185,7 @@ def require_places(config: QuantizeConfig, recipe: Path) -> None:
     Raises:
         ConfigError: The images or their COCO file are not here.
     """
-    for place, flag in ((config.calibration.images, "--data"), (config.calibration.coco, "--data-coco")):
+    for place, flag in ((config.calibration.images, "--data"), (config.calibration.coco, "--coco")):
         if place and not Path(place).exists():
             raise ConfigError(
                 f"the recipe {recipe} was made with calibration data named {place!r}, which is not here; name it with "

@@ -78,6 +78,14 @@ def model_card(
     return f"---\n{header}\n---\n\n{body}"
 
 
+def is_model_card(path: Path) -> bool:
+    """Whether a file is a model card that carsam wrote."""
+    try:
+        return path.is_file() and BEGIN in read_text(path, _MOST_CARD, "write it again")
+    except CarsamError:
+        return False
+
+
 def update_card(folder: Path, results: Mapping[str, Any]) -> None:
     """Writes the scores of ``results.json`` into a folder's model card; a card of the user's own stays as it is.
 
@@ -185,7 +193,7 @@ def command(recipe: Mapping[str, Any], packing: Mapping[str, Any], out: str) -> 
     words += ["--method", packing["method"], "--bits", packing["bits"]]
     words += ["--data", str(calibration.get("images") or "IMAGES")]
     if calibration.get("coco"):
-        words += ["--data-coco", str(calibration["coco"])]
+        words += ["--coco", str(calibration["coco"])]
     words += ["--out", out]
     return " ".join(shlex.quote(" ".join(word.split())) for word in words)
 

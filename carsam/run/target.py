@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from carsam.errors import CarsamError
 from carsam.files import LEFTOVER, hidden
+from carsam.pack.model_card import CARD, is_model_card
 from carsam.run.lock import locked
 
 logger = logging.getLogger(__name__)
@@ -250,7 +251,9 @@ def foreign_files(folder: Path) -> list[str]:
     for path in sorted(folder.iterdir()):
         if path.name == _DIAGNOSIS and path.is_dir() and not path.is_symlink():
             found += _foreign_pictures(path)
-        elif path.is_dir() or (path.name not in ours and not LEFTOVER.fullmatch(path.name)):
+        elif path.is_dir() or not (
+            path.name in ours or (path.name == CARD and is_model_card(path)) or LEFTOVER.fullmatch(path.name)
+        ):
             found.append(path.name)
     return found
 
