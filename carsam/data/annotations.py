@@ -161,7 +161,7 @@ def read_annotation(entry: Any, index: int, path: Path) -> CocoAnnotation:
     where = f"annotation {index} (id {shown(entry.get('id'))}) in {path}"
     missing = [key for key in ("image_id", "category_id", "bbox") if key not in entry]
     if missing:
-        raise DataError(f"{where} has no {', '.join(map(repr, missing))}.")
+        raise DataError(f"{where} has no {', '.join(map(repr, missing))}; add it, or leave the annotation out.")
     own_id = entry.get("id")
     return CocoAnnotation(
         id=index if own_id is None else read_id(own_id, "id", where),
@@ -192,7 +192,7 @@ def read_image_entry(entry: Any, index: int, path: Path) -> CocoImage:
     where = f"image {index} (id {shown(entry.get('id'))}) in {path}"
     missing = [key for key in ("id", "file_name") if key not in entry]
     if missing:
-        raise DataError(f"{where} has no {', '.join(map(repr, missing))}.")
+        raise DataError(f"{where} has no {', '.join(map(repr, missing))}; an image needs both.")
     name = entry["file_name"]
     if not isinstance(name, str) or not name.strip() or "\0" in name or not is_text(name):
         raise DataError(f"{where} has the file_name {shown(name)}; the name of an image file is needed.")

@@ -48,8 +48,8 @@ def _yxyx(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return boxes[:, [1, 0, 3, 2]]
 
 
-def _normalised(form: Form) -> Form:
-    return lambda boxes, sizes: form(boxes, sizes) * np.tile(sizes, 2)
+def _normalised(form: Form, whole: float = 1.0) -> Form:
+    return lambda boxes, sizes: form(boxes, sizes) * np.tile(sizes, 2) / whole
 
 
 _WIDTH = "width = x2 - x1, height = y2 - y1"
@@ -67,6 +67,18 @@ _FORMS: dict[str, tuple[Form, str]] = {
     "centre x, centre y, width, height as shares of the image (0 to 1), as YOLO has them": (
         _normalised(_centre),
         "x = (centre x - width / 2) times the image's width, width times it; the same with y and height",
+    ),
+    "x, y, width, height in percent of the image": (
+        _normalised(_xywh, 100),
+        "x and width times the image's width, y and height times its height, all divided by 100",
+    ),
+    "x1, y1, x2, y2 as thousandths of the image": (
+        _normalised(_xyxy, 1000),
+        f"x times the image's width, y times its height, all divided by 1000, then {_WIDTH}",
+    ),
+    "y1, x1, y2, x2 as thousandths of the image": (
+        _normalised(_yxyx, 1000),
+        f"swap x with y, then x times the image's width, y times its height, all divided by 1000, then {_WIDTH}",
     ),
     "y, x, height, width": (_yxhw, "swap x with y, and width with height"),
     "y1, x1, y2, x2": (_yxyx, f"swap x with y, then {_WIDTH}"),
@@ -100,33 +112,44 @@ def check_boxes(samples: Sequence[BoxSample], source: str) -> None:
         source: The file, for messages.
 
     Raises:
-        DataError: Most boxes contradict their masks, and another form explains them; or most lie outside their images.
+        DataError: Most boxes contradict their masks, or most lie outside their images; says which form explains them.
             A few that do are counted in a logged warning.
     """
     samples = [sample for sample in samples if sample.bbox[2] != 0 and sample.bbox[3] != 0]
-    _check_masks([s for s in samples if s.mask_box is not None and (s.mask_box[2:] > s.mask_box[:2]).all()], source)
-    _check_borders(samples, source)
+    with_mask, rest = [], []
+    for sample in samples:
+        has_mask = sample.mask_box is not None and (sample.mask_box[2:] > sample.mask_box[:2]).all()
+        (with_mask if has_mask else rest).append(sample)
+    wrong = _check_masks(with_mask, source)
+    _check_borders([*rest, *(sample for sample, bad in zip(with_mask, wrong) if not bad)], source)
 
 
-def _check_masks(samples: Sequence[BoxSample], source: str) -> None:
+def _check_masks(samples: Sequence[BoxSample], source: str) -> np.ndarray:
+    """Which boxes ``(N,)`` contradict their masks."""
     if not samples:
-        return
+        return np.zeros(0, dtype=bool)
     boxes, sizes = _arrays(samples)
     masks = np.stack([sample.mask_box for sample in samples])
     own = _clipped(_xywh(boxes, sizes), sizes)
     wrong = (_iou(own, masks) < MIN_IOU) & (np.abs(own - masks).max(axis=1) > MIN_DISTANCE)
     if not wrong.any():
-        return
+        return wrong
     counted = (
         f"{wrong.sum()} of {len(samples)} boxes in {source} contradict the mask of their object "
         f"(first: {samples[int(wrong.argmax())].name})"
     )
     form, explained = _best_form(boxes[wrong], sizes[wrong], masks[wrong])
     looks = f"; {explained} look like {form}, but COCO needs x, y, width, height in pixels: {_FORMS[form][1]}"
-    clear = explained >= 0.8 * wrong.sum()
-    if wrong.sum() > len(samples) / 2 and clear:
+    clear, most = explained >= 0.8 * wrong.sum(), wrong.sum() > len(samples) / 2
+    if most and clear:
         raise DataError(f"{counted}{looks}.")
+    if most and len(samples) >= MIN_BOXES[0]:
+        raise DataError(
+            f"{counted}; do boxes and masks belong to the same images, at the same size? COCO needs x, y, width, "
+            "height in pixels."
+        )
     logger.warning("%s%s.", counted, looks if clear else "; the masks decide the score, the boxes are the prompts")
+    return wrong
 
 
 def _best_form(boxes: np.ndarray, sizes: np.ndarray, masks: np.ndarray) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from carsam.data.annotations import CocoImage, Id
 from carsam.errors import DataError
 
 # Files that are looked through for a name that is not there as it is spelled.
-MAX_FILES = 1_000_000
+MAX_FILES = 300_000
 
 
 class ImageFolder:

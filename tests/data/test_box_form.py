@@ -35,6 +35,9 @@ FORMS = {
     "x, y, width, height as shares": lambda *b: shares(xywh(*b)),
     "x1, y1, x2, y2 as shares": lambda *b: shares(b),
     "as YOLO has them": lambda a, b, c, d: shares(((a + c) / 2, (b + d) / 2, c - a, d - b)),
+    "in percent of the image": lambda *b: 100 * shares(xywh(*b)),
+    "x1, y1, x2, y2 as thousandths": lambda *b: 1000 * shares(b),
+    "y1, x1, y2, x2 as thousandths": lambda *b: 1000 * shares(b)[[1, 0, 3, 2]],
     "y, x, height, width": lambda a, b, c, d: (b, a, d - b, c - a),
 }
 
@@ -62,9 +65,11 @@ def test_valid_boxes_pass_in_silence(caplog):
 
 
 def test_boxes_that_nothing_explains(caplog):
-    with caplog.at_level(logging.WARNING):
+    with pytest.raises(DataError, match=r"30 of 30 boxes in c.json contradict .*; do boxes and masks belong"):
         check_boxes(samples(lambda a, b, c, d: (300, 10, 30, 20)), "c.json")
-    assert "30 of 30 boxes in c.json contradict" in caplog.text and "look like" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        check_boxes(samples(lambda a, b, c, d: (300, 10, 30, 20), count=9), "c.json")
+    assert "9 of 30 boxes in c.json contradict" in caplog.text and "look like" not in caplog.text
 
 
 def test_borders_tell_without_masks(caplog):
@@ -78,3 +83,10 @@ def test_borders_tell_without_masks(caplog):
     with caplog.at_level(logging.WARNING):
         check_boxes(samples(lambda *b: [3 * v for v in xywh(*b)], count=4, masks=False), "c.json")
     assert "4 of 30 boxes in c.json reach far outside their image (first: annotation 0" in caplog.text
+
+
+def test_masks_that_were_cut_off_with_their_boxes():
+    # Drawn on an image twice as large: what the mask keeps of the object is what the border leaves of the box.
+    boxes = [BoxSample("a", (150.0, 90, 500, 400), SIZE, np.array([150.0, 90, 400, 300])) for _ in range(12)]
+    with pytest.raises(DataError, match=r"12 of 12 boxes .* images of another size"):
+        check_boxes(boxes, "c.json")
