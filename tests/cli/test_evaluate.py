@@ -201,7 +201,7 @@ def test_a_killed_process_is_resumed_by_another(nano_folder, evaluation_folder, 
     for stop in ("2", "0"):
         environment = {**os.environ, "STOP": stop, "CARSAM_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        outputs.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120))
+        outputs.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300))
     assert outputs[0].returncode == -signal.SIGKILL
     assert outputs[1].returncode == 0, outputs[1].stderr
     assert "2 of 3 images are kept from an interrupted evaluation" in outputs[1].stderr
