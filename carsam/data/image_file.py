@@ -58,7 +58,7 @@ _SIGNATURES = (
     (128, b"DICM", "a DICOM file; export its frames as PNG"),
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
 MAX_DECODED_PIXELS = 50_000_000
 # Pillow's limit is one setting of the process.
 _pillow_limit = threading.Lock()
@@ -146,7 +146,7 @@ def _orientation(image: Image.Image) -> int:
         # Pillow would decode the pixels, to look for EXIF data after them.
         return 1
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except DECODING_ERRORS:
         return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1

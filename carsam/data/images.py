@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from carsam.data.image_file import DECODING_ERRORS, image_suffixes, is_image, open_image, unreadable_suffix
+from carsam.data.image_file import DECODING_ERRORS, ORIENTATION, image_suffixes, is_image, open_image, unreadable_suffix
 from carsam.data.notes import Notes
 from carsam.data.pixels import to_rgb
 from carsam.errors import DataError
@@ -68,7 +68,8 @@ def read_image(path: str | Path, *, apply_exif: bool = True, notes: Notes | None
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        # Pillow would copy an image that is upright already.
+        return image if image.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
     except DECODING_ERRORS:
         # Damaged EXIF data; the pixels are whole.
         return image
