@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 from carsam.errors import CarsamError
 
 LEFTOVER = re.compile(r"\.carsam-.*\.(\d+)\.tmp", re.DOTALL)
+# Begins the name of a folder for cached activations; the number of its process follows.
+SPILL = "carsam-cache-"
 _cleared: set[Path] = set()
 
 
@@ -64,6 +68,15 @@ def clear_leftovers(folder: Path) -> None:
             if match and entry.is_file(follow_symlinks=False) and not is_running(int(match[1])):
                 with suppress(OSError):
                     os.unlink(entry.path)
+
+
+def clear_spills() -> None:
+    """Removes the folders for cached activations that killed processes left in the temporary folder."""
+    with suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
+        for entry in entries:
+            match = re.fullmatch(rf"{SPILL}(\d+)-\w+", entry.name)
+            if match and entry.is_dir(follow_symlinks=False) and not is_running(int(match[1])):
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def is_running(pid: int) -> bool:

@@ -6,9 +6,11 @@ Evaluation works from the packed folder alone and lives in :mod:`carsam.evaluate
 from __future__ import annotations
 
 import copy
-import shutil
+import logging
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,28 @@ from transformers import SamModel
 import carsam
 from carsam.calibrate.cache import CacheSpace
 from carsam.calibrate.ranges import calibrate
-from carsam.config import QuantizeConfig
+from carsam.config import BitPlan, QuantizeConfig
 from carsam.data.calibration import CalibrationSet, calibration_set
-from carsam.errors import CheckpointError
+from carsam.errors import CarsamError, CheckpointError, ConfigError
+from carsam.files import write_json
 from carsam.measure import peak_memory
 from carsam.methods.base import Method, create
 from carsam.models.load import load_model, resolve_device
 from carsam.models.prepare import prepare_model
 from carsam.models.sites import Sites, find_sites
-from carsam.pack.checkpoint import load, save_packed
+from carsam.pack.checkpoint import load, write_folder
 from carsam.pack.layers import PackedLayer
 from carsam.pack.layout import pack
 from carsam.quantizers import QuantizedLayer
-from carsam.reconstruct.store import UnitStore, code_fingerprint, fingerprint, model_fingerprint
+from carsam.reconstruct.store import UnitStore, fingerprint
 from carsam.reconstruct.walk import Progress, Walk, WalkReport, fit_weights, quantized_layers
+from carsam.run.checks import base_ingredients, check_equal, check_space, ingredients
+from carsam.run.finished import RESULTS, differing_settings, finished_report, read_quantization, read_recipe
+from carsam.run.partial import Partial
+from carsam.run.progress import Stages
 from carsam.run.target import Output
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,10 @@ class QuantizeResult:
         model: The packed model, in eval mode.
         recipe: The full configuration, as saved in ``recipe.yaml``.
         report: Units and compensations.
-        seconds: Wall-clock time of calibration and reconstruction.
+        seconds: Wall-clock time of the whole call.
         peak_memory: Of the process, in bytes (of the GPU where one was used).
         skipped_images: Calibration images that could not be read.
+        stages: Wall-clock time by stage, in order (:data:`carsam.run.progress.STAGES`).
     """
 
     model: SamModel
@@ -54,11 +64,13 @@ class QuantizeResult:
     seconds: float
     peak_memory: int
     skipped_images: int
+    stages: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Measurements as plain mappings (``results.json`` under ``quantization``)."""
         return {
             "seconds": round(self.seconds, 1),
+            "stages": {name: round(seconds, 2) for name, seconds in self.stages.items()},
             "peak_memory_bytes": self.peak_memory,
             "skipped_images": self.skipped_images,
             "units": [asdict(unit) for unit in self.report.units],
@@ -75,12 +87,17 @@ def quantize(
     out: str | Path | None = None,
     device: str | torch.device = "cpu",
     resume: bool = False,
+    restart: bool = False,
     overwrite: bool = False,
+    write_results: bool = False,
     unit_cache: str | Path | None = None,
     cache_gigabytes: float = 6.0,
     progress: Progress | None = None,
 ) -> QuantizeResult:
     """Quantizes a SAM.
+
+    With ``out``, finished units are kept in ``OUT.partial`` until the folder is in its place, loaded back and found
+    equal to what was computed. Nobody else may write to ``out`` meanwhile.
 
     Args:
         model: A float ``SamModel`` (left as it is), or what :func:`carsam.load_model` takes.
@@ -89,118 +106,220 @@ def quantize(
         out: Where to write the packed folder; None keeps the model in memory only.
         device: ``cpu``, ``cuda`` or ``auto``.
         resume: Continue from the units that an interrupted run left beside ``out``.
-        overwrite: Replace ``out`` if it exists.
+        restart: Discard them.
+        overwrite: Replace ``out`` if it is a packed model without other files in it.
+        write_results: Write ``results.json`` (time, memory, units) into the folder, in the same move.
         unit_cache: Folder of finished units that several quantizations share (rows of a comparison).
         cache_gigabytes: Memory for cached activations; beyond it they lie in temporary files.
-        progress: Called as ``progress(unit_index, n_units, unit_name, step, n_steps)``.
+        progress: Called as ``progress(unit_index, n_units, unit_name, step, n_steps)``. Where it has a method
+            ``stage(name, done, total)``, that is told of the stages: see :class:`carsam.run.progress.StageProgress`.
 
     Returns:
         The packed model and the reports. With ``out``, the model is the one loaded back from there.
 
     Raises:
-        CarsamError: Anything the user can mend: unknown settings, missing data, an output that exists, a full disk.
+        CarsamError: Anything the user can fix: unknown settings, missing data, an output that exists or is in use,
+            finished units of an interrupted run without ``resume`` or ``restart``, a full disk.
     """
+    started, stages = time.perf_counter(), Stages(progress)
     config = config or QuantizeConfig()
-    method = create(config.method, config.settings)
-    plan = config.bit_plan()
-    device = resolve_device(device)
-    out = Path(out) if out is not None else None
-    if out is not None:
-        Output(out, overwrite=overwrite).check()
+    if resume and restart:
+        raise ConfigError("resume and restart exclude each other; choose one.")
+    run = _Run(config, create(config.method, config.settings), config.bit_plan(), resolve_device(device))
+    if not isinstance(images, CalibrationSet):
+        config = run.config = replace(config, calibration=replace(config.calibration, images=str(images)))
 
+    with ExitStack() as stack:
+        output = partial = None
+        if out is not None:
+            output = Output(out, overwrite=overwrite, inputs=_inputs(model, images, config), finished=resume)
+            stack.enter_context(output)
+            partial = Partial(output.partial, output.target)
+            if output.target.exists() and not overwrite and not restart:
+                done = _finished(output, run, partial, write_results, started)
+                if done is not None:
+                    return done
+                output.overwrite = True  # it is this run's own, without its results
+            if unit_cache is None:
+                partial.open(resume=resume, restart=restart)
+        store = UnitStore(Path(unit_cache) if unit_cache is not None else None)
+        kept = partial if unit_cache is None else None
+        if kept is not None:
+            store = UnitStore(kept.folder, create=kept.create)
+        with _keeping(kept):
+            with stages("preparing"):
+                reference = _reference(model, run.device)
+                sites = find_sites(reference)
+                run.plan.check(sites)
+            data = images
+            if not isinstance(images, CalibrationSet):
+                with stages("proposals", config.calibration.n_images):
+                    settings = asdict(config.calibration)
+                    data = calibration_set(reference, **settings, progress=stages.advance)
+            if partial is not None and output is not None:
+                if kept is not None:
+                    found = ingredients(reference, data, run.method, config, run.device)
+                    kept.check(found)
+                    kept.begin(found, len(run.method.units(sites)))
+                check_space(output, reference, sites, run.plan, partial)
+            space = CacheSpace(int(cache_gigabytes * 2**30))
+            quantized, report = _quantize(reference, sites, run, data, store, space, progress, stages)
+
+            recipe = {
+                "carsam_version": carsam.__version__,
+                "model": "" if isinstance(model, SamModel) else str(model),
+                **config.to_dict(),
+                "settings": run.method.to_dict(),
+                "calibration_fingerprint": data.fingerprint,
+            }
+            with stages("packing"):
+                packed = pack(quantized, sites)
+
+            def result(model: SamModel) -> QuantizeResult:
+                seconds = time.perf_counter() - started
+                peak = peak_memory(run.device)
+                return QuantizeResult(model, recipe, report, seconds, peak, data.skipped, dict(stages.seconds))
+
+            if output is None:
+                return result(packed)
+            with output.replacing() as replacement:
+                with stages("packing"):
+                    write_folder(packed, replacement.folder, recipe)
+                    if write_results:
+                        write_json(replacement.folder / RESULTS, {"quantization": result(packed).to_dict()})
+                    replacement.move()
+                with stages("verifying"):
+                    loaded = load(output.target, device=run.device)
+                    check_equal(packed, loaded, output.path)
+        if kept is not None:
+            kept.discard()
+        return result(loaded)
+
+
+def _finished(
+    output: Output, run: _Run, partial: Partial, write_results: bool, started: float
+) -> QuantizeResult | None:
+    """The result of a run that was killed after its folder had been moved into place; None if it must be written again.
+
+    Raises:
+        CarsamError: The folder that is there has other settings.
+    """
+    if differing := differing_settings(output.target, run.config, run.method):
+        raise CarsamError(
+            f"{output.path} exists already and is finished, with another setting ({', '.join(differing)}); choose "
+            "another folder or allow overwriting (--overwrite)."
+        )
+    model = load(output.target, device=run.device)
+    noted = read_quantization(output.target)
+    if noted is None and write_results and partial.is_ours() and partial.units():
+        return None
+    logger.warning("%s was finished already; nothing is left to do.", output.path)
+    partial.discard()
+    noted = noted or {}
+    skipped, seconds = noted.get("skipped_images"), time.perf_counter() - started
+    return QuantizeResult(
+        model,
+        read_recipe(output.target),
+        finished_report(noted),
+        seconds,
+        peak_memory(run.device),
+        skipped if isinstance(skipped, int) else 0,
+    )
+
+
+@dataclass
+class _Run:
+    """Settings of a run, parsed."""
+
+    config: QuantizeConfig
+    method: Method
+    plan: BitPlan
+    device: torch.device
+
+
+def _reference(model: SamModel | str | Path, device: torch.device) -> SamModel:
+    """The float model to quantize; a copy of the caller's."""
     if isinstance(model, SamModel) and any(isinstance(module, PackedLayer) for module in model.modules()):
         raise CheckpointError("this model is packed already; quantize the float model that it was made from.")
-    source = "" if isinstance(model, SamModel) else str(model)
     reference = copy.deepcopy(model) if isinstance(model, SamModel) else load_model(model)
-    reference.requires_grad_(False).eval().float().to(device)
-    sites = find_sites(reference)
-    plan.check(sites)
+    return reference.requires_grad_(False).eval().float().to(device)
 
-    if isinstance(images, CalibrationSet):
-        data = images
-    else:
-        settings = replace(config.calibration, images=str(images))
-        config = replace(config, calibration=settings)
-        data = calibration_set(reference, **asdict(settings))
-    started = time.perf_counter()
 
-    partial = out.with_name(out.name + ".partial") if out is not None else None
-    if partial is not None and not resume:
-        shutil.rmtree(partial, ignore_errors=True)
-    store = UnitStore(Path(unit_cache) if unit_cache is not None else partial)
-    quantized, report = _quantize(
-        reference, sites, method, plan, data, config, device, store, CacheSpace(int(cache_gigabytes * 2**30)), progress
-    )
-    seconds = time.perf_counter() - started
-
-    recipe = {
-        "carsam_version": carsam.__version__,
-        "model": source,
-        **config.to_dict(),
-        "settings": method.to_dict(),
-        "calibration_fingerprint": data.fingerprint,
+def _inputs(model: Any, images: Any, config: QuantizeConfig) -> dict[str, str | Path | None]:
+    """What a run reads, which must not be written into."""
+    return {
+        "model": None if isinstance(model, SamModel) else model,
+        "images": None if isinstance(images, CalibrationSet) else images,
+        "COCO file": None if isinstance(images, CalibrationSet) else config.calibration.coco,
     }
-    packed = pack(quantized, sites)
-    if out is not None:
-        save_packed(packed, out, recipe, overwrite=overwrite)
-        shutil.rmtree(partial, ignore_errors=True)
-        packed = load(out, device=device)
-    return QuantizeResult(packed, recipe, report, seconds, peak_memory(device), data.skipped)
+
+
+@contextmanager
+def _keeping(partial: Partial | None) -> Iterator[None]:
+    """Adds what is kept to errors and interrupts of a block."""
+    try:
+        yield
+    except CarsamError as error:
+        if partial is None or not partial.units() or str(partial.folder) in str(error):
+            raise
+        raise type(error)(f"{error} {partial.kept()}") from error
+    except KeyboardInterrupt as interrupt:
+        if partial is not None:
+            interrupt.args = (f"interrupted. {partial.kept()}",)
+        raise
 
 
 def _quantize(
     reference: SamModel,
     sites: Sites,
-    method: Method,
-    plan: Any,
+    run: _Run,
     data: CalibrationSet,
-    config: QuantizeConfig,
-    device: torch.device,
     store: UnitStore,
     space: CacheSpace,
     progress: Progress | None,
+    stages: Stages,
 ) -> tuple[SamModel, WalkReport]:
     """From the float model to one whose weights are all integers."""
-    seed = config.calibration.seed
-    transforms = method.transform(reference, sites, data)
-    model = copy.deepcopy(reference)
-    prepare_model(model, sites, plan, method.quantizer_for, method.softmax_for)
-    model.to(device).requires_grad_(False)
-    fit_weights(model, method.weight_observer)
+    method, plan, device, seed = run.method, run.plan, run.device, run.config.calibration.seed
+    with stages("weight grids"):
+        transforms = method.transform(reference, sites, data)
+        model = copy.deepcopy(reference)
+        prepare_model(model, sites, plan, method.quantizer_for, method.softmax_for)
+        model.to(device).requires_grad_(False)
+        fit_weights(model, method.weight_observer)
 
     report = WalkReport()
-    if method.units(sites):
+    units = method.units(sites)
+    if units:
         bits = [plan.weight_bits(site.name) for site in sites.linears]
         bits += [plan.activation_bits(name) for name in sites.activation_names]
-        base_key = fingerprint(
-            model_fingerprint(reference),
-            data.fingerprint,
-            seed,
-            bits,
-            code_fingerprint(),
-            torch.get_num_threads(),
-            device,
-        )
-        walk = Walk(
-            model,
-            reference,
-            sites,
-            method,
-            data,
-            seed=seed,
-            device=device,
-            base_key=base_key,
-            store=store,
-            space=space,
-            progress=progress,
-        )
-        report = walk.run()
+        base_key = fingerprint(base_ingredients(reference, data, seed, device), bits)
+        with stages("units", len(units)):
+            report = Walk(
+                model,
+                reference,
+                sites,
+                method,
+                data,
+                seed=seed,
+                device=device,
+                base_key=base_key,
+                store=store,
+                space=space,
+                progress=progress,
+            ).run()
     else:
         total = len(data.images)
-        advance = (lambda done, _: progress(0, 1, "calibration", done, total)) if progress else None
-        calibrate(model, data, method.activation_observer, device=device, progress=advance)
-        for layer in quantized_layers([model]):
-            layer.freeze()
+
+        def advance(done: int, _: int) -> None:
+            stages.advance(done, total)
+            if progress is not None:
+                progress(0, 1, "calibration", done, total)
+
+        with stages("ranges", total):
+            calibrate(model, data, method.activation_observer, device=device, progress=advance)
+            for layer in quantized_layers([model]):
+                layer.freeze()
     report.transforms = transforms
     assert all(m.codes is not None or m.weight_bits >= 16 for m in model.modules() if isinstance(m, QuantizedLayer))
     return model, report

@@ -99,8 +99,8 @@ def test_killed_and_resumed(nano_folder, quick_config, packed_folder, tmp_path):
     command = [sys.executable, "-c", KILLED_RUN, str(nano_folder), str(out), json.dumps(quick_config.to_dict())]
     assert subprocess.run(command, timeout=300, check=False).returncode == -signal.SIGKILL
     assert not out.exists()
-    finished = sorted(partial.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    assert [path.suffix for path in finished] == [".safetensors"] * 6
+    finished = sorted(partial.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(finished) == 6
 
     # The last unit's file is damaged as well: then it is a unit that is not finished.
     with finished[-1].open("r+b") as file:
@@ -116,24 +116,6 @@ def test_killed_and_resumed(nano_folder, quick_config, packed_folder, tmp_path):
     assert worked == set(range(5, 14))
     assert files(out) == files(packed_folder)
     assert [path.name for path in tmp_path.iterdir()] == ["killed"]
-
-
-def test_a_resumed_run_with_other_settings_starts_anew(nano_folder, quick_config, packed_folder, tmp_path):
-    """Units of other settings are never continued from."""
-
-    class Stop(Exception):
-        pass
-
-    def stop(unit, _n, _name, _step, _steps):
-        if unit == 3:
-            raise Stop
-
-    other = replace(quick_config, bits="w6a6")
-    with pytest.raises(Stop):
-        quantize(nano_folder, other, out=tmp_path / "out", progress=stop)
-    assert (tmp_path / "out.partial").is_dir()
-    quantize(nano_folder, quick_config, out=tmp_path / "out", resume=True)
-    assert files(tmp_path / "out") == files(packed_folder)
 
 
 # Damaged folders

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from carsam.errors import CarsamError
+from carsam.files import SPILL, clear_spills
 
 HALF_MAX = torch.finfo(torch.float16).max
 
@@ -70,6 +71,7 @@ class CacheSpace:
     """
 
     def __init__(self, budget: int = 6 * 2**30, directory: Path | None = None):
+        clear_spills()
         self.budget = budget
         self._parent = directory
         self._folder: tempfile.TemporaryDirectory | None = None
@@ -113,8 +115,9 @@ class CacheSpace:
 
     def _reserve(self, size: int) -> Path:
         """A new file of ``size`` bytes in the spill directory."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="carsam-cache-", dir=self._parent)
+        if self._folder is None or not Path(self._folder.name).is_dir():
+            prefix = f"{SPILL}{os.getpid()}-"
+            self._folder = tempfile.TemporaryDirectory(prefix=prefix, dir=self._parent, ignore_cleanup_errors=True)
         self._files += 1
         path = Path(self._folder.name) / f"{self._files}.bin"
         with path.open("wb") as file:

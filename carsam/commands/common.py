@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 
 from carsam.errors import CarsamError
-from carsam.files import write_json
+from carsam.files import clear_spills, write_json
+from carsam.run.signals import interrupts, message
 
 if TYPE_CHECKING:
     from transformers import SamModel
@@ -53,15 +54,21 @@ Device = Annotated[
 
 @contextmanager
 def errors_for_people() -> Iterator[None]:
-    """Prints errors that the user can mend as one paragraph, without a traceback; the exit code is 1, or 130."""
-    try:
-        yield
-    except CarsamError as error:
-        _say("error", str(error))
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt as interrupt:
-        _say("error", str(interrupt) or "interrupted.")
-        raise typer.Exit(130) from None
+    """Prints errors that the user can fix as one paragraph, without a traceback, and sets the exit code.
+
+    It is 1; 130 after Ctrl-C, 143 after SIGTERM, 129 where the terminal went away. Those end as Ctrl-C does. Before the
+    block, what killed processes of carsam left in the temporary folder is removed.
+    """
+    clear_spills()
+    with interrupts():
+        try:
+            yield
+        except CarsamError as error:
+            _say("error", str(error))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt as interrupt:
+            _say("error", message(interrupt) or "interrupted.")
+            raise typer.Exit(getattr(interrupt, "code", 130)) from None
 
 
 def _say(kind: str, message: str) -> None:

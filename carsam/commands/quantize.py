@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from carsam.commands.common import Device, duration, float16_bytes, megabytes, merge_results, out
+from carsam.commands.common import Device, duration, float16_bytes, megabytes, out
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError
+from carsam.run.signals import message
 
 if TYPE_CHECKING:
     from carsam.pipeline import QuantizeResult
 
+INTERRUPTED = "interrupted. Where a unit was finished, the same command with --resume continues from there."
 _DATA, _METHOD, _RUN = "Calibration data", "Method", "Run"
 
 
@@ -116,7 +118,10 @@ def quantize(
     ] = None,
     device: Device = "auto",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_RUN)
+        bool, typer.Option("--resume", help="Continue from the units in OUT.partial.", rich_help_panel=_RUN)
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard the units in OUT.partial.", rich_help_panel=_RUN)
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a packed model.", rich_help_panel=_RUN)
@@ -164,15 +169,15 @@ def quantize(
                 out=out,
                 device=device,
                 resume=resume,
+                restart=restart,
                 overwrite=overwrite,
+                write_results=True,
                 cache_gigabytes=cache_gb,
                 progress=reporter.units,
             )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; finished units are kept in {out}.partial. Give the same command with --resume to continue."
-        ) from None
-    merge_results(out, quantization=result.to_dict())
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (message(interrupt) or INTERRUPTED,)
+        raise
     summarise(result, out)
 
 

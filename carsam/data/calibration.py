@@ -81,6 +81,7 @@ def calibration_set(
     seed: int = 0,
     box_source: str = "auto",
     minimum: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationSet:
     """Chooses and reads calibration images.
 
@@ -100,6 +101,7 @@ def calibration_set(
         seed: Of all choices.
         box_source: ``auto`` or ``grid``; of no effect with ``coco``.
         minimum: Images that must be usable.
+        progress: Called with images done and images wanted.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -129,6 +131,8 @@ def calibration_set(
         rng = random.Random(f"{seed}/{candidate.path.name}")
         boxes = source(pixel_values, geometry, boxes_per_image, rng)
         chosen.append(CalibrationImage(candidate.path.name, pixel_values, boxes))
+        if progress is not None:
+            progress(len(chosen), min(n_images, len(candidates)))
 
     log_skipped(skipped, "calibration images")
     notes.log(logger, len(chosen), "calibration images")

@@ -47,7 +47,12 @@ def save_packed(model: SamModel, folder: Path, recipe: dict[str, Any], *, overwr
         CarsamError: The folder exists, the disk is full, or it is not writable; nothing half-written is left.
     """
     with replaced_folder(Path(folder), overwrite) as temporary:
-        write_packed(model, temporary, Facts(recipe))
+        write_folder(model, temporary, recipe)
+
+
+def write_folder(model: SamModel, folder: Path, recipe: dict[str, Any]) -> None:
+    """Writes a packed model's files into an empty folder; see :func:`save_packed`."""
+    write_packed(model, folder, Facts(recipe))
     remember(recipe)
 
 

@@ -6,11 +6,14 @@ and the settings of this unit and of all units before it. A file is therefore ne
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import os
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,43 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from carsam.data.transforms import preprocessor_config
 from carsam.errors import CarsamError
+from carsam.files import whole_file
 from carsam.quantizers import QuantizedLayer, SiteQuantizer
 from carsam.reconstruct.optimize import UnitReport
 from carsam.reconstruct.units import Unit
 from carsam.transform.mac import MacReport
 
-# Folders whose code decides the numbers; a unit finished by other code must not be continued from.
-CODE_FOLDERS = ("models", "data", "calibrate", "quantizers", "transform", "reconstruct", "methods")
+logger = logging.getLogger(__name__)
+
+# What reading a damaged file raises.
+_DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError)
+# What only shows results or talks to people; everything else decides numbers, wherever it is moved to.
+_PRESENTATION = (
+    "__init__.py",
+    "__main__.py",
+    "cli.py",
+    "commands/",
+    "errors.py",
+    "files.py",
+    "measure.py",
+    "quickstart.py",
+    "report/",
+    "run/",
+)
+# What comes after the units: a change there leaves finished units as good as they were.
+_AFTER_UNITS = (
+    "automatic_masks.py",
+    "diagnose/",
+    "evaluate/",
+    "pack/",
+    "predict/",
+    "predictor.py",
+    "registration.py",
+    "segment_anything.py",
+)
+_PACKAGES = ("torch", "transformers", "numpy")
 
 
 def fingerprint(*parts: Any) -> str:
@@ -43,13 +75,35 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def code_fingerprint() -> str:
-    """SHA-256 of the sources that decide the numbers, and of torch's version."""
-    digest = hashlib.sha256(torch.__version__.encode())
+def config_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of what decides a model's outputs beside its weights: its configuration and preprocessing."""
+    values = json.loads(model.config.to_json_string(use_diff=False))
+    return fingerprint(_without_provenance(values), preprocessor_config(model))
+
+
+def _without_provenance(values: Any) -> Any:
+    """A configuration without the entries that say where it comes from."""
+    if not isinstance(values, dict):
+        return values
+    left_out = ("_name_or_path", "transformers_version", "architectures")
+    return {name: _without_provenance(value) for name, value in values.items() if name not in left_out}
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of the packages that decide numbers."""
+    return {name: version(name) for name in (*_PACKAGES, *more)}
+
+
+@functools.cache
+def code_fingerprint(*, scores: bool = False) -> str:
+    """SHA-256 of the sources that decide the numbers of units, and with ``scores`` also those of measurements."""
     package = Path(__file__).parent.parent
-    for folder in CODE_FOLDERS:
-        for path in sorted((package / folder).glob("*.py")):
-            digest.update(path.name.encode())
+    left_out = _PRESENTATION if scores else _PRESENTATION + _AFTER_UNITS
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if not name.startswith(left_out):
+            digest.update(name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -101,32 +155,35 @@ class UnitStore:
 
     Args:
         folder: Where they lie; created when the first unit is saved. None keeps nothing.
-        read: Whether units found there are used (a run that does not resume only writes).
+        create: Creates the folder in another way.
     """
 
-    def __init__(self, folder: Path | None, *, read: bool = True):
+    def __init__(self, folder: Path | None, *, create: Callable[[], None] | None = None):
         self.folder = folder
-        self.read = read
+        self._create = create
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{key[:40]}.safetensors"
 
-    def load(self, key: str, model: nn.Module) -> tuple[UnitReport, list[MacReport]] | None:
-        """Restores the unit of that key; None where it is not there."""
-        if self.folder is None or not self.read or not self._path(key).exists():
+    def load(self, key: str, model: nn.Module, name: str = "") -> tuple[UnitReport, list[MacReport]] | None:
+        """Restores the unit of that key; None where it is not there, or damaged (then a line says so).
+
+        Nothing of a damaged file reaches the model.
+        """
+        if self.folder is None or not os.path.lexists(self._path(key)):
             return None
         try:
-            with safe_open(self._path(key), framework="pt") as file:
-                reports = json.loads(file.metadata()["reports"])
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
-            return None  # a damaged file is a unit that is not finished
+            state, reports = _read_unit(self._path(key), key)
+            found = unit_report(reports["unit"]), [mac_report(values) for values in reports["mac"]]
+        except _DAMAGE as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            logger.warning(
+                "the kept unit %s is damaged (%s: %s), so it is computed again.", name, self._path(key), reason
+            )
+            return None
         load_unit_state(model, state)
-        mac = [MacReport(**{**r, "scores": tuple(r["scores"]), "output": tuple(r["output"])}) for r in reports["mac"]]
-        unit = reports["unit"]
-        unit["losses"] = [tuple(point) for point in unit["losses"]]
-        return UnitReport(**unit), mac
+        return found
 
     def save(self, key: str, model: nn.Module, unit: Unit, report: UnitReport, mac: list[MacReport]) -> None:
         """Saves a finished unit: written beside and moved into place, so that a kill leaves no half file.
@@ -136,16 +193,50 @@ class UnitStore:
         """
         if self.folder is None:
             return
-        path = self._path(key)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        state = unit_state(model, unit)
         reports = json.dumps({"unit": asdict(report), "mac": [asdict(r) for r in mac]})
+        metadata = {"reports": reports, "checksum": _checksum(key, state, reports)}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(unit_state(model, unit), temporary, metadata={"reports": reports})
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
+            if self._create is not None:
+                self._create()
+            with whole_file(self._path(key)) as temporary:
+                save_file(state, temporary, metadata=metadata)
+        except (OSError, SafetensorError, CarsamError) as error:
             raise CarsamError(
                 f"cannot save progress in {self.folder}: {error}. Free space there and run again."
             ) from error
+
+
+def _read_unit(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and reports of a unit's file.
+
+    Raises:
+        One of ``_DAMAGE``: They are not what was written.
+    """
+    if not path.is_file():
+        raise ValueError("it is no file")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata.get("checksum") != _checksum(key, state, metadata.get("reports", "")):
+        raise ValueError("its checksum differs")
+    return state, json.loads(metadata["reports"])
+
+
+def _checksum(key: str, state: dict[str, torch.Tensor], reports: str) -> str:
+    """SHA-256 of everything that a unit's file holds, and of the key that it is for."""
+    digest = hashlib.sha256(f"{key}\0{reports}\0".encode())
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def unit_report(values: dict[str, Any]) -> UnitReport:
+    """A unit's report from JSON."""
+    return UnitReport(**{**values, "losses": [tuple(point) for point in values["losses"]]})
+
+
+def mac_report(values: dict[str, Any]) -> MacReport:
+    """A compensation's report from JSON."""
+    return MacReport(**{**values, "scores": tuple(values["scores"]), "output": tuple(values["output"])})

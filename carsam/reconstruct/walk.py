@@ -36,10 +36,11 @@ from carsam.reconstruct.units import (
     run_module,
     run_unit,
 )
+from carsam.run.progress import KEPT
 from carsam.transform.mac import MacReport
 
 Progress = Callable[[int, int, str, int, int], None]
-"""Called as ``progress(unit_index, n_units, unit_name, step, n_steps)``."""
+"""Called as ``progress(unit_index, n_units, unit_name, step, n_steps)``; see :mod:`carsam.run.progress`."""
 
 
 @dataclass
@@ -146,12 +147,13 @@ class Walk:
         """Takes one unit to its integers, or finds them in the store; ``keep`` is given its outputs afterwards."""
         number, steps = self.units.index(unit), self.method.steps_for(unit, self.sites)
         self.key = fingerprint(self.key, unit.name, unit.scope, self.method.unit_settings(unit, self.sites))
-        self.progress(number, len(self.units), unit.name, 0, steps)
-        finished = self.store.load(self.key, self.model)
+        finished = self.store.load(self.key, self.model, unit.name)
         if finished is not None:
+            self.progress(number, len(self.units), unit.name + KEPT, 0, 0)
             if keep is not None:
                 relative_errors(self.model, unit, data, self.device, keep)
         else:
+            self.progress(number, len(self.units), unit.name, 0, steps)
             started = time.perf_counter()
             report, mac = self._quantize_unit(
                 unit, data, steps, lambda step: self.progress(number, len(self.units), unit.name, step, steps)

@@ -45,6 +45,7 @@ class Output:
         path: As the user gave it.
         target: Without links.
         partial: Where finished units are kept meanwhile.
+        overwrite: As given; settable.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Output:
         self.path = Path(out)
         self.target = Path(os.path.realpath(out))
         self.partial = self.target.with_name(f"{self.target.name}.partial")
-        self._overwrite, self._inputs, self._finished = overwrite, dict(inputs or {}), finished
+        self.overwrite, self._inputs, self._finished = overwrite, dict(inputs or {}), finished
         self._held = ExitStack()
 
     def __enter__(self) -> Output:
@@ -83,7 +84,7 @@ class Output:
         """
         if not os.path.lexists(self.target):
             return
-        if not self._overwrite:
+        if not self.overwrite:
             if self._finished and is_ours(self.target):
                 return
             raise CarsamError(f"{self.path} exists already; choose another folder or allow overwriting (--overwrite).")
@@ -112,8 +113,9 @@ class Output:
             place = Path(os.path.realpath(given)) if given is not None and os.path.exists(given) else None
             if place is None:
                 continue
-            if self.target.is_relative_to(place):
-                raise CarsamError(f"{self.path} lies in the {what} {given}; choose a folder outside it.")
+            # A folder of images may hold the output: images are read from it directly, never from folders in it.
+            if self.target == place or (what != "images" and self.target.is_relative_to(place)):
+                raise CarsamError(f"{self.path} is or lies in the {what} {given}; choose a folder outside it.")
             if place.is_relative_to(self.target):
                 raise CarsamError(f"{self.path} holds the {what} {given}; choose another folder.")
 
