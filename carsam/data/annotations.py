@@ -15,7 +15,7 @@ from carsam.errors import DataError
 Id = int | str
 Rle = dict[str, Any]
 
-# Largest image in pixels: 300 megapixels take about 1 GB as RGB. Also what carsam.data.images reads at most.
+# Largest image in pixels, also for carsam.data.images: reading 300 megapixels of RGB takes about 2.5 GB.
 MAX_PIXELS = 300_000_000
 # Beyond any image; coordinates of polygons are checked against the image itself.
 MAX_COORDINATE = 1e7

@@ -19,6 +19,8 @@ DEPTHS = (8, 10, 12, 14, 16)
 _TIFF_BITS, _TIFF_MAXIMA = 258, (281, 341)
 # Below this high byte, fewer than 15 of the 16 bits are used.
 _DARK = 63
+# Pixels copied at once.
+STRIP = 4_000_000
 
 Turn = Callable[[Image.Image], Image.Image]
 
@@ -50,7 +52,16 @@ def to_rgb(image: Image.Image, path: Path, notes: Notes, turn: Turn | None = Non
     if "transparency" in image.info or image.mode[-1] in "aA":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return _array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    """RGB pixels ``(H, W, 3)`` in strips: Pillow's way to an array holds a large image three times more."""
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    rows = max(1, STRIP // max(1, image.width))
+    for top in range(0, image.height, rows):
+        pixels[top : top + rows] = image.crop((0, top, image.width, min(top + rows, image.height)))
+    return pixels
 
 
 def _remark(bits: int) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
+from carsam.data import pixels
 from carsam.data.images import read_image
 from carsam.data.notes import Notes
 from carsam.errors import DataError
@@ -121,3 +122,11 @@ def test_wide_pixels_are_turned(tmp_path, orientation):
     assert np.array_equal(
         read_image(tmp_path / "a.png")[..., 0], np.rot90(scaled(values, 12), {3: 2, 6: -1, 8: 1}[orientation])
     )
+
+
+@pytest.mark.parametrize("strip", [1, 64, 130, 10**6])
+def test_strips_hold_every_pixel_once(tmp_path, monkeypatch, strip):
+    monkeypatch.setattr(pixels, "STRIP", strip)
+    values = np.random.default_rng(3).integers(0, 256, (7, 64, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), values)
