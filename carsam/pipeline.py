@@ -92,7 +92,7 @@ def quantize(
     write_results: bool = False,
     unit_cache: str | Path | None = None,
     cache_gigabytes: float = 6.0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> QuantizeResult:
     """Quantizes a SAM.
 
@@ -111,7 +111,8 @@ def quantize(
         write_results: Write ``results.json`` (time, memory, units) into the folder, in the same move.
         unit_cache: Folder of finished units that several quantizations share (rows of a comparison).
         cache_gigabytes: Memory for cached activations; beyond it they lie in temporary files.
-        progress: Called as ``progress(unit_index, n_units, unit_name, step, n_steps)``. Where it has a method
+        progress: True shows a bar on a terminal or in a notebook, and lines elsewhere. Or what is called as
+            ``progress(unit_index, n_units, unit_name, step, n_steps)``; where it has a method
             ``stage(name, done, total)``, that is told of the stages: see :class:`carsam.run.progress.StageProgress`.
 
     Returns:
@@ -121,7 +122,7 @@ def quantize(
         CarsamError: Anything the user can fix: unknown settings, missing data, an output that exists or is in use,
             finished units of an interrupted run without ``resume`` or ``restart``, a full disk.
     """
-    started, stages = time.perf_counter(), Stages(progress)
+    started = time.perf_counter()
     config = config or QuantizeConfig()
     if resume and restart:
         raise ConfigError("resume and restart exclude each other; choose one.")
@@ -130,6 +131,13 @@ def quantize(
         config = run.config = replace(config, calibration=replace(config.calibration, images=str(images)))
 
     with ExitStack() as stack:
+        if progress is True:
+            from carsam.commands.progress import shown
+
+            name = "a model" if isinstance(model, SamModel) else model
+            progress = stack.enter_context(shown(f"quantizing {name} to {config.bits.upper()}"))
+        progress = progress or None
+        stages = Stages(progress)
         output = partial = None
         if out is not None:
             output = Output(out, overwrite=overwrite, inputs=_inputs(model, images, config), finished=resume)

@@ -27,7 +27,7 @@ from carsam.commands.common import (
     show_warnings,
     writing,
 )
-from carsam.commands.progress import Reporter
+from carsam.commands.progress import Reporter, shown
 from carsam.errors import DataError
 
 if TYPE_CHECKING:
@@ -137,14 +137,14 @@ def quickstart(sample: Sample, folder: Path, config: QuantizeConfig, *, limit: i
 
     row, float_scores = _measured("float (FP16 file)", float_model, sample, limit, folder_size(sample.model))
     rows = [row]
-    with Reporter(f"quantizing {_relative(sample.model)} to {name} with {config.method}") as reporter:
+    with shown(f"quantizing {_relative(sample.model)} to {name} with {config.method}") as progress:
         result = quantize(
             _relative(sample.model),
             config.calibration.images,
             config,
             out=folder / "quantized",
             overwrite=True,
-            progress=reporter.units,
+            progress=progress,
         )
     packed = result.model
     size = folder_size(folder / "quantized")

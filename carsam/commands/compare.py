@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from carsam.commands.common import Device, out
+from carsam.commands.common import METHODS, Device, complete_from
+from carsam.commands.output import Json, Output, Quiet, check_file, renamed
 from carsam.commands.progress import Reporter
+from carsam.errors import ConfigError
 from carsam.files import write_text
 
 
@@ -19,34 +22,46 @@ def compare(
     ] = None,
     model: Annotated[str | None, typer.Option(help="As for carsam quantize.", show_default=False)] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Methods to compare, by commas: rtn,qdrop,car-sam.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Methods to compare, by commas: rtn,qdrop,car-sam.",
+            show_default=False,
+            autocompletion=complete_from(*METHODS),
+        ),
     ] = None,
     bits: Annotated[str | None, typer.Option(help="Bit-widths, by commas.", show_default="w4a4")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, by commas.", show_default="0")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of calibration images.", show_default=False)] = None,
-    boxes: Annotated[
+    data_coco: Annotated[
         Path | None, typer.Option(help="COCO file whose boxes prompt them.", show_default="the model's own masks")
     ] = None,
-    coco: Annotated[Path | None, typer.Option(help="COCO file to measure on.", show_default=False)] = None,
-    images: Annotated[Path | None, typer.Option(help="Its image folder.", show_default=False)] = None,
+    boxes: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images to measure on.", show_default=False)] = None,
+    coco: Annotated[Path | None, typer.Option(help="COCO file of those images.", show_default=False)] = None,
     out_folder: Annotated[
         Path, typer.Option("--out", help="Work folder; run again with the same one to go on.")
     ] = Path("runs/compare"),
     markdown: Annotated[Path | None, typer.Option(help="Also write the table here.", show_default=False)] = None,
     device: Device = "auto",
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Quantize, pack and measure rows × bits × seeds, and print the table."""
     from carsam.commands.recipe import read_yaml
-    from carsam.errors import ConfigError
-    from carsam.evaluate.comparison import Comparison
-    from carsam.evaluate.comparison import compare as run
 
+    output = Output(json, quiet=quiet)
+    if markdown is not None:
+        check_file(markdown, "--markdown")
+    data_coco = renamed("--data-coco", data_coco, quiet=quiet, boxes=boxes)
     values = read_yaml(recipe) if recipe is not None else {}
-    calibration = dict(values.get("calibration", {}))
+    calibration = values.get("calibration", {})
+    if not isinstance(calibration, dict):
+        raise ConfigError(f"'calibration' in the recipe {recipe} must be a mapping.")
+    calibration = dict(calibration)
     if data is not None:
         calibration["images"] = str(data)
-    if boxes is not None:
-        calibration["coco"] = str(boxes)
+    if data_coco is not None:
+        calibration["coco"] = str(data_coco)
     given = {"model": model, "coco": coco, "images": images}
     values.update({name: str(value) for name, value in given.items() if value is not None})
     values["calibration"] = calibration
@@ -55,7 +70,7 @@ def compare(
     if bits is not None:
         values["bits"] = _split(bits)
     if seeds is not None:
-        if not all(seed.isdigit() for seed in _split(seeds)):
+        if not _split(seeds) or not all(re.fullmatch("[0-9]{1,19}", seed) for seed in _split(seeds)):
             raise ConfigError(f"cannot read the seeds {seeds!r}; write numbers by commas, as 0,1,2.")
         values["seeds"] = [int(seed) for seed in _split(seeds)]
     needed = {"model": "--model", "coco": "--coco", "images": "--images", "rows": "--methods"}
@@ -65,12 +80,38 @@ def compare(
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be given, on the command line or in a --recipe.")
 
-    with Reporter("comparing") as reporter:
-        result = run(Comparison.from_dict(values), out_folder, device=device, note=out.print, progress=reporter.units)
+    with Reporter("comparing", quiet=quiet) as reporter:
+        from carsam.evaluate.comparison import Comparison
+        from carsam.evaluate.comparison import compare as run
+
+        comparison = Comparison.from_dict(values)
+        rows = _Rows(reporter, output, len(comparison.rows) * len(comparison.bits) * len(comparison.seeds))
+        result = run(comparison, out_folder, device=device, note=rows.note, progress=reporter.run)
     table = result.to_markdown()
-    out.print(table, markup=False, soft_wrap=True)
+    output.line(table)
     if markdown is not None:
         write_text(markdown, table + "\n")
+    output.save(result.to_dict())
+
+
+class _Rows:
+    """Counts the rows of a comparison as they are noted, the float model's first.
+
+    Args:
+        reporter: Shows which row is at work.
+        output: Takes the lines.
+        total: Rows besides the float model's.
+    """
+
+    def __init__(self, reporter: Reporter, output: Output, total: int):
+        self._reporter, self._output, self._total, self._noted = reporter, output, total, 0
+
+    def note(self, line: str) -> None:
+        """A row is finished."""
+        self._output.line(line)
+        self._noted += 1
+        if self._noted <= self._total:
+            self._reporter.run.restart(f"row {self._noted}/{self._total}")
 
 
 def _split(text: str) -> list[str]:

@@ -8,22 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from carsam.commands.common import Device, duration, out
+from carsam.commands.common import Device, duration
+from carsam.commands.output import Json, Output, Quiet, renamed
 from carsam.commands.progress import Reporter
+from carsam.errors import ConfigError
 
 if TYPE_CHECKING:
     from carsam.diagnose.results import Diagnosis
 
 # Lines of each table; the report has all.
 TOP = 5
-
-
-class _Stages(Reporter):
-    """Progress through stages that count different things."""
-
-    def step(self, stage: str, noun: str, done: int, total: int) -> None:
-        """The callback of :func:`carsam.diagnose.run.diagnose`."""
-        self._show(stage, stage, done / total, f"{noun} {done}/{total}")
+# As in carsam.diagnose.run, which takes seconds to import.
+N_IMAGES, N_PROMPTS = 8, 4
 
 
 def diagnose(
@@ -33,7 +29,8 @@ def diagnose(
     quantized: Annotated[
         str, typer.Argument(metavar="QUANTIZED", help="The packed folder that was made from it.", show_default=False)
     ],
-    data: Annotated[Path, typer.Option(help="Folder of images.", show_default=False)],
+    images: Annotated[Path | None, typer.Option(help="Folder of images.", show_default="required")] = None,
+    data: Annotated[Path | None, typer.Option(hidden=True)] = None,
     coco: Annotated[
         Path | None,
         typer.Option(
@@ -41,8 +38,14 @@ def diagnose(
             show_default="boxes of the float model's own masks",
         ),
     ] = None,
-    images_limit: Annotated[int, typer.Option(help="Images to use, the first ones.", min=1)] = 8,
-    prompts: Annotated[int, typer.Option(help="Box prompts of an image, at most.", min=1)] = 4,
+    limit: Annotated[
+        int | None, typer.Option(help="Images to use, the first ones.", min=1, show_default=str(N_IMAGES))
+    ] = None,
+    images_limit: Annotated[int | None, typer.Option(hidden=True, min=1)] = None,
+    boxes_per_image: Annotated[
+        int | None, typer.Option(help="Box prompts of an image, at most.", min=1, show_default=str(N_PROMPTS))
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(hidden=True, min=1)] = None,
     out_folder: Annotated[
         Path | None,
         typer.Option(
@@ -54,50 +57,50 @@ def diagnose(
         typer.Option("--sensitivity/--no-sensitivity", help="Also round every site alone (the longest part)."),
     ] = True,
     device: Device = "auto",
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Show where quantization hurts: attentions, decoder stages, sites, masks."""
-    import time
+    output = Output(json, quiet=quiet)
+    images = renamed("--images", images, quiet=quiet, data=data)
+    limit = renamed("--limit", limit, quiet=quiet, images_limit=images_limit)
+    boxes_per_image = renamed("--boxes-per-image", boxes_per_image, quiet=quiet, prompts=prompts)
+    if images is None:
+        raise ConfigError("images are missing; name their folder with --images.")
+    with Reporter(f"diagnosing {quantized}", quiet=quiet) as reporter:
+        from carsam.diagnose.run import diagnose as run
 
-    from carsam.diagnose.run import diagnose as run
-
-    started = time.perf_counter()
-    with _Stages(f"diagnosing {quantized}") as reporter:
         diagnosis, folder = run(
             float_model,
             quantized,
-            data,
+            images,
             coco=coco,
-            limit=images_limit,
-            prompts=prompts,
+            limit=limit or N_IMAGES,
+            prompts=boxes_per_image or N_PROMPTS,
             out=out_folder,
             with_sensitivity=sensitivity,
             device=device,
             progress=reporter.step,
         )
-    summarise(diagnosis)
-    out.print(
-        f"{folder}: diagnosis.json and pictures, {duration(time.perf_counter() - started)}",
-        markup=False,
-        soft_wrap=True,
-    )
+    summarise(diagnosis, output)
+    output.line(f"{folder}: diagnosis.json and pictures, {duration(reporter.seconds)}")
+    output.save(diagnosis.to_dict())
 
 
-def summarise(diagnosis: Diagnosis) -> None:
+def summarise(diagnosis: Diagnosis, output: Output) -> None:
     """Prints the essence of a diagnosis."""
     from carsam.diagnose.samples import FLOAT_MASKS
 
     title = f"{diagnosis.quantized}: {diagnosis.method} at {diagnosis.bits}"
-    out.print(
-        f"{title}, {diagnosis.n_prompts} boxes on {diagnosis.n_images} images, against the {diagnosis.reference}",
-        markup=False,
-        soft_wrap=True,
+    output.line(
+        f"{title}, {diagnosis.n_prompts} boxes on {diagnosis.n_images} images, against the {diagnosis.reference}"
     )
     floating, quantized = 100 * diagnosis.mean_iou_float, 100 * diagnosis.mean_iou_quantized
     before = "" if diagnosis.reference == FLOAT_MASKS else f"{floating:.2f} in floating point, "
-    out.print(f"mean IoU {before}{quantized:.2f} quantized")
+    output.line(f"mean IoU {before}{quantized:.2f} quantized")
     course = diagnosis.oscillation
     first = course.moments[0].total_variation
-    out.print(
+    output.line(
         f"decoder error {course.errors[-1]:.3f} at its end, total variation {course.total_variation:.2f} along it "
         f"({first:.2f} rounded to nearest)"
     )
@@ -112,12 +115,12 @@ def summarise(diagnosis: Diagnosis) -> None:
             f"{mean.entropy_change:+.2f}",
             f"{100 * mean.focus_overlap:.0f} %",
         )
-    out.print(table)
+    output.print(table)
     if diagnosis.sensitivity:
         table = _table("most sensitive sites, each alone", "site", "kind", "bits", "error of logits", "IoU")
         for site in sorted(diagnosis.sensitivity, key=lambda each: -each.error)[:TOP]:
             table.add_row(_short(site.site), site.kind, str(site.bits), f"{site.error:.4f}", f"{100 * site.iou:.1f}")
-        out.print(table)
+        output.print(table)
 
 
 def _table(title: str, first: str, *columns: str) -> Table:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from carsam.commands.common import float16_bytes, megabytes, open_model, out, read_results
+from carsam.commands.common import float16_bytes, megabytes, open_model, read_results
+from carsam.commands.output import Json, Output, Quiet
 
 if TYPE_CHECKING:
     from transformers import SamModel
@@ -24,42 +26,72 @@ def info(
     model: Annotated[
         str, typer.Argument(help="Packed folder, or a float model as for carsam quantize.", show_default=False)
     ],
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Show method, bits, sizes and layers of a model."""
     from carsam.pack.checkpoint import folder_size
     from carsam.pack.source import packed_folder
 
+    output = Output(json, quiet=quiet)
     folder = packed_folder(model)
     sam = open_model(model, "cpu")
-    half = float16_bytes(sam)
+    half, size = float16_bytes(sam), sam.config.vision_config.image_size
+    known: dict[str, Any] = {"model": model, "packed": folder is not None, "float16_bytes": half, "input_pixels": size}
     if folder is not None:
         config = sam.config.quantization_config
         packed = folder_size(folder)
-        _line(f"{model}: {config.method} at {config.bits}, written by carsam {config.carsam_version}")
-        _line(f"weights {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
+        output.line(f"{model}: {config.method} at {config.bits}, written by carsam {config.carsam_version}")
+        output.line(f"weights {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
+        known |= {"method": config.method, "bits": config.bits, "carsam_version": config.carsam_version}
+        known |= {"bytes": packed, "activation_grids": dict(grids(config.layout))}
     else:
-        _line(f"{model}: SAM in floating point, {megabytes(half)} in FP16")
-    _line(f"input {sam.config.vision_config.image_size} × {sam.config.vision_config.image_size} pixels")
-    out.print(layer_table(sam))
+        output.line(f"{model}: SAM in floating point, {megabytes(half)} in FP16")
+    output.line(f"input {size} × {size} pixels")
+    regions = region_rows(sam)
+    known["regions"] = [asdict(region) for region in regions]
+    output.print(layer_table(regions))
     if folder is not None:
-        _line(f"grids of activations: {grids(config.layout)}")
-        _line("recipe:")
-        _line((folder / "recipe.yaml").read_text(encoding="utf-8").rstrip())
-        scores = read_results(folder).get("evaluation", {})
-        known = [f"{key} {scores[key]:.2f}" for key in ("segm_ap", "box_ap", "mean_iou") if key in scores]
-        if known:
-            _line(f"last evaluation: {', '.join(known)} ({scores.get('coco')})")
+        found = ", ".join(f"{name} × {count}" for name, count in known["activation_grids"].items())
+        output.line(f"grids of activations: {found or 'none'}")
+        recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        output.line(f"recipe:\n{recipe.rstrip()}")
+        scores = read_results(folder).get("evaluation")
+        scores = scores if isinstance(scores, dict) else {}
+        numbers = {key: scores.get(key) for key in ("segm_ap", "box_ap", "mean_iou")}
+        numbers = {key: value for key, value in numbers.items() if isinstance(value, (int, float))}
+        known |= {"recipe": recipe, "evaluation": {"coco": scores.get("coco"), **numbers} if numbers else None}
+        if numbers:
+            text = ", ".join(f"{key} {value:.2f}" for key, value in numbers.items())
+            output.line(f"last evaluation: {text} ({scores.get('coco')})")
+    output.save(known)
 
 
-def grids(layout: dict[str, Any]) -> str:
-    """How many activation sites lie on which grid: ``uniform × 100, log2 × 15``."""
+def grids(layout: dict[str, Any]) -> list[tuple[str, int]]:
+    """How many activation sites lie on which grid: ``[("uniform", 100), ("log2", 15)]``."""
     specs = [spec["input"] for spec in layout["layers"].values()]
     specs += [spec for attention in layout["attentions"].values() for spec in attention.values()]
-    found = Counter(spec["grid"] for spec in specs if spec["bits"] < 16)
-    return ", ".join(f"{name} × {count}" for name, count in found.most_common()) or "none"
+    return Counter(spec["grid"] for spec in specs if spec["bits"] < 16).most_common()
 
 
-def layer_table(model: SamModel) -> Table:
+@dataclass(frozen=True)
+class Region:
+    """A part of the network.
+
+    Attributes:
+        region: Its title.
+        layers: Quantizable layers; 0 for all that is not quantized.
+        bits: How many layers have which bits of weights and inputs.
+        weights: Parameters.
+    """
+
+    region: str
+    layers: int
+    bits: dict[str, int]
+    weights: int
+
+
+def region_rows(model: SamModel) -> list[Region]:
     """Quantizable layers and their parameters by region, and the rest."""
     from carsam.models.sites import find_sites
     from carsam.pack.layers import PackedLayer
@@ -79,14 +111,15 @@ def layer_table(model: SamModel) -> Table:
         layers[region] += 1
         sizes[region] += count
         bits[region][f"w{weights}a{activations}"] += 1
+    rows = [Region(name, layers[name], dict(bits[name].most_common()), sizes[name]) for name in REGIONS.values()]
+    return [*rows, Region("everything else", 0, {}, float16_bytes(model) // 2 - sum(sizes.values()))]
+
+
+def layer_table(regions: list[Region]) -> Table:
+    """The regions as a table."""
     table = Table("region", "layers", "bits of weights and inputs", "weights")
-    for region in REGIONS.values():
-        text = ", ".join(f"{name} × {n}" if len(bits[region]) > 1 else name for name, n in bits[region].most_common())
-        table.add_row(region, str(layers[region]), text, f"{sizes[region] / 1e6:.2f} M")
-    rest = float16_bytes(model) // 2 - sum(sizes.values())
-    table.add_row("everything else", "", "floating point", f"{rest / 1e6:.2f} M")
+    for row in regions:
+        several = len(row.bits) > 1
+        text = ", ".join(f"{name} × {count}" if several else name for name, count in row.bits.items())
+        table.add_row(row.region, str(row.layers or ""), text or "floating point", f"{row.weights / 1e6:.2f} M")
     return table
-
-
-def _line(text: str) -> None:
-    out.print(text, markup=False, soft_wrap=True)

@@ -114,6 +114,13 @@ def renamed(new: str, value: Value | None, *, quiet: bool = False, **old: Value 
     return value
 
 
+def finite(value: float) -> float:
+    """Callback of an option whose number must be finite: typer's bounds let NaN pass."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
 def _finite(values: Any) -> Any:
     """The same with None for numbers that are not finite."""
     if isinstance(values, dict):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carsam.commands.common import Device, duration, float16_bytes, megabytes, out
+from carsam.commands.common import METHODS, Device, complete_from, float16_bytes, megabytes
+from carsam.commands.output import Json, Output, Quiet, finite, renamed
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError
 from carsam.run.signals import message
@@ -31,22 +33,21 @@ def quantize(
         Path | None,
         typer.Option(help="Folder of calibration images.", show_default=False, rich_help_panel=_DATA),
     ] = None,
-    coco: Annotated[
+    data_coco: Annotated[
         Path | None,
         typer.Option(
-            "--coco",
-            "--boxes",
-            help="COCO file of those images; its boxes are the prompts.",
-            show_default=False,
-            rich_help_panel=_DATA,
+            help="COCO file of those images; its boxes are the prompts.", show_default=False, rich_help_panel=_DATA
         ),
     ] = None,
+    coco: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    boxes: Annotated[Path | None, typer.Option(hidden=True)] = None,
     box_source: Annotated[
         str | None,
         typer.Option(
             metavar="auto|grid",
             help="Without a COCO file: boxes of the model's own masks, or a grid of boxes.",
             show_default="auto",
+            autocompletion=complete_from("auto", "grid"),
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -61,7 +62,12 @@ def quantize(
     ] = None,
     bits: Annotated[
         str | None,
-        typer.Option(help="Bits of weights and activations.", show_default="w4a4", rich_help_panel=_METHOD),
+        typer.Option(
+            help="Bits of weights and activations.",
+            show_default="w4a4",
+            rich_help_panel=_METHOD,
+            autocompletion=complete_from("w4a4", "w6a6", "w8a8", "w4a8"),
+        ),
     ] = None,
     bits_for: Annotated[
         list[str] | None,
@@ -74,12 +80,21 @@ def quantize(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="See carsam methods.", show_default="car-sam", rich_help_panel=_METHOD),
+        typer.Option(
+            help="See carsam methods.",
+            show_default="car-sam",
+            rich_help_panel=_METHOD,
+            autocompletion=complete_from(*METHODS),
+        ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Optimiser steps of every unit.", show_default="the method's", rich_help_panel=_METHOD, min=0
+            help="Optimiser steps of every unit.",
+            show_default="the method's",
+            rich_help_panel=_METHOD,
+            min=0,
+            max=10_000_000,
         ),
     ] = None,
     no_mac: Annotated[
@@ -97,6 +112,7 @@ def quantize(
             metavar="module|pair|block|decoder",
             help="Decoder units; pair is JCAR.",
             show_default="pair",
+            autocompletion=complete_from("module", "pair", "block", "decoder"),
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -129,39 +145,47 @@ def quantize(
     cache_gb: Annotated[
         float,
         typer.Option(
-            help="Memory for cached activations; beyond it they lie in temporary files.", min=0, rich_help_panel=_RUN
+            help="Memory for cached activations; beyond it they lie in temporary files.",
+            min=0,
+            rich_help_panel=_RUN,
+            callback=finite,
         ),
     ] = 6.0,
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Quantize a SAM into a packed folder."""
-    from carsam.commands.recipe import quantize_config, require_places
-    from carsam.pipeline import quantize as run
+    output = Output(json, quiet=quiet)
+    data_coco = renamed("--data-coco", data_coco, quiet=quiet, coco=coco, boxes=boxes)
+    # From here on, so that importing torch and transformers, which takes seconds, is not silent.
+    with Reporter(f"quantizing {model}", quiet=quiet) as reporter:
+        from carsam.commands.recipe import quantize_config, require_places
+        from carsam.pipeline import quantize as run
 
-    config = quantize_config(
-        recipe=recipe,
-        method=method,
-        bits=bits,
-        overrides=bits_for or (),
-        settings=set_ or (),
-        steps=steps,
-        no_mac=no_mac,
-        no_jcar=no_jcar,
-        granularity=granularity,
-        images=str(data) if data is not None else None,
-        coco=str(coco) if coco is not None else None,
-        n_images=n_images,
-        boxes_per_image=boxes_per_image,
-        box_source=box_source,
-        seed=seed,
-    )
-    if not config.calibration.images:
-        raise ConfigError("calibration images are missing; name their folder with --data.")
-    if recipe is not None:
-        require_places(config, recipe)
-    if out.name in ("", ".."):
-        out = out.resolve()  # working files lie beside OUT, under names made from its own
-    try:
-        with Reporter(f"preparing {model}: calibration images, weight grids") as reporter:
+        config = quantize_config(
+            recipe=recipe,
+            method=method,
+            bits=bits,
+            overrides=bits_for or (),
+            settings=set_ or (),
+            steps=steps,
+            no_mac=no_mac,
+            no_jcar=no_jcar,
+            granularity=granularity,
+            images=str(data) if data is not None else None,
+            coco=str(data_coco) if data_coco is not None else None,
+            n_images=n_images,
+            boxes_per_image=boxes_per_image,
+            box_source=box_source,
+            seed=seed,
+        )
+        if not config.calibration.images:
+            raise ConfigError("calibration images are missing; name their folder with --data.")
+        if recipe is not None:
+            require_places(config, recipe)
+        if out.name in ("", ".."):
+            out = out.resolve()  # working files lie beside OUT, under names made from its own
+        try:
             result = run(
                 model,
                 config.calibration.images,
@@ -173,22 +197,44 @@ def quantize(
                 overwrite=overwrite,
                 write_results=True,
                 cache_gigabytes=cache_gb,
-                progress=reporter.units,
+                progress=reporter.run,
             )
-    except KeyboardInterrupt as interrupt:
-        interrupt.args = (message(interrupt) or INTERRUPTED,)
-        raise
-    summarise(result, out)
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = (message(interrupt) or INTERRUPTED,)
+            raise
+        times = reporter.times()
+    summarise(result, out, times, output)
+    output.save(to_dict(result, out, reporter))
 
 
-def summarise(result: QuantizeResult, folder: Path) -> None:
+def summarise(result: QuantizeResult, folder: Path, times: Iterable[str], output: Output) -> None:
     """Prints what a quantization gave."""
     from carsam.pack.checkpoint import folder_size
 
     packed, half = folder_size(folder), float16_bytes(result.model)
-    out.print(f"{folder}: {result.recipe['method']} at {result.recipe['bits']}", markup=False, soft_wrap=True)
-    out.print(f"  weights  {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
-    out.print(f"  time     {duration(result.seconds)}")
-    out.print(f"  memory   {megabytes(result.peak_memory)} at the peak")
+    output.line(f"{folder}: {result.recipe['method']} at {result.recipe['bits']}")
+    output.line(f"  weights  {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
+    if result.peak_memory:
+        output.line(f"  memory   {megabytes(result.peak_memory)} at the peak")
     if result.skipped_images:
-        out.print(f"  skipped  {result.skipped_images} calibration images that could not be read")
+        output.line(f"  skipped  {result.skipped_images} calibration images that could not be read")
+    output.line("  time")
+    for line in times:
+        output.line(f"    {line}")
+
+
+def to_dict(result: QuantizeResult, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """What a quantization gave, for ``--json``."""
+    from carsam.pack.checkpoint import folder_size
+
+    return {
+        "folder": str(folder),
+        "model": result.recipe["model"],
+        "method": result.recipe["method"],
+        "bits": result.recipe["bits"],
+        "bytes": folder_size(folder),
+        "float16_bytes": float16_bytes(result.model),
+        "wall_seconds": round(reporter.seconds, 2),
+        "stage_seconds": {name: round(seconds, 2) for name, seconds in reporter.run.course.seconds.items()},
+        **result.to_dict(),
+    }

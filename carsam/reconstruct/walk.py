@@ -36,7 +36,7 @@ from carsam.reconstruct.units import (
     run_module,
     run_unit,
 )
-from carsam.run.progress import KEPT
+from carsam.run.progress import KEPT, PlannedUnit, StageProgress
 from carsam.transform.mac import MacReport
 
 Progress = Callable[[int, int, str, int, int], None]
@@ -90,6 +90,14 @@ class Walk:
         self.units = method.units(sites)
         check_cover(self.units, sites)
         self.report = WalkReport()
+        if isinstance(progress, StageProgress):
+            kinds = {True: "decoder", False: "encoder"}
+            progress.expect(
+                [
+                    PlannedUnit(unit.name, kinds[sites.in_decoder(unit.stage)], method.steps_for(unit, sites))
+                    for unit in self.units
+                ]
+            )
 
     def run(self) -> WalkReport:
         """Walks through all units; afterwards every weight in them is an integer."""

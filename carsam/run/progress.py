@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 KEPT = " (kept)"
@@ -12,6 +13,21 @@ KEPT = " (kept)"
 
 # In this order; "units" where the method reconstructs units, "ranges" where it only observes ranges.
 STAGES = ("preparing", "proposals", "weight grids", "ranges", "units", "packing", "verifying")
+
+
+@dataclass(frozen=True)
+class PlannedUnit:
+    """A unit that a run will go through.
+
+    Attributes:
+        name: Its own.
+        kind: ``encoder`` or ``decoder``: units of one kind take similar times a step.
+        steps: Of the optimiser.
+    """
+
+    name: str
+    kind: str
+    steps: int
 
 
 @runtime_checkable
@@ -33,6 +49,9 @@ class StageProgress(Protocol):
         The first call of a stage has ``done`` 0. During "units" only that first call is made; the calls of the object
         itself say more. A stage ends when the next one begins.
         """
+
+    def expect(self, units: Sequence[PlannedUnit]) -> None:
+        """These units will come; called once, before the first."""
 
 
 class Stages:
