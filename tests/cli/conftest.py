@@ -33,7 +33,7 @@ def carsam_cli():
 @pytest.fixture(scope="session")
 def quantize_flags(nano_folder: Path, calibration_folder: Path) -> list[object]:
     """``quantize`` and its arguments, all but ``--out``; a few seconds."""
-    data = ["--data", calibration_folder / "images", "--boxes", calibration_folder / "instances.json"]
+    data = ["--data", calibration_folder / "images", "--data-coco", calibration_folder / "instances.json"]
     return ["quantize", nano_folder, *data, *QUICK_FLAGS]
 
 

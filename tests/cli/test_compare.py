@@ -2,7 +2,7 @@
 
 
 def test_compare_prints_and_writes_the_table(carsam_cli, nano_folder, calibration_folder, evaluation_folder, tmp_path):
-    data = ["--data", calibration_folder / "images", "--boxes", calibration_folder / "instances.json"]
+    data = ["--data", calibration_folder / "images", "--data-coco", calibration_folder / "instances.json"]
     on = ["--coco", evaluation_folder / "instances.json", "--images", evaluation_folder / "images"]
     table = tmp_path / "table.md"
     flags = ["--methods", "rtn", "--bits", "w8a8", "--device", "cpu", "--out", tmp_path / "work", "--markdown", table]

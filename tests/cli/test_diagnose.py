@@ -15,8 +15,8 @@ def folder(packed_folder, tmp_path_factory):
 def test_diagnose(carsam_cli, nano_folder, folder, evaluation_folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     result = carsam_cli(
-        *("diagnose", nano_folder, folder, "--data", evaluation_folder / "images"),
-        *("--coco", evaluation_folder / "instances.json", "--images-limit", 1, "--prompts", 1, "--device", "cpu"),
+        *("diagnose", nano_folder, folder, "--images", evaluation_folder / "images"),
+        *("--coco", evaluation_folder / "instances.json", "--limit", 1, "--boxes-per-image", 1, "--device", "cpu"),
     )
     assert result.exit_code == 0, result.output
     values = json.loads((folder / "diagnosis" / "diagnosis.json").read_text())
@@ -42,8 +42,8 @@ def test_diagnose(carsam_cli, nano_folder, folder, evaluation_folder):
 def test_without_sensitivity_to_another_folder(carsam_cli, nano_folder, packed_folder, evaluation_folder, tmp_path):
     out = tmp_path / "here"
     result = carsam_cli(
-        *("diagnose", nano_folder, packed_folder, "--data", evaluation_folder / "images", "--images-limit", 1),
-        *("--prompts", 1, "--no-sensitivity", "--out", out, "--device", "cpu"),
+        *("diagnose", nano_folder, packed_folder, "--images", evaluation_folder / "images", "--limit", 1),
+        *("--boxes-per-image", 1, "--no-sensitivity", "--out", out, "--device", "cpu"),
     )
     assert result.exit_code == 0, result.output
     values = json.loads((out / "diagnosis.json").read_text())
@@ -62,7 +62,7 @@ def test_interrupted(carsam_cli, nano_folder, packed_folder, evaluation_folder, 
 
     monkeypatch.setattr("carsam.diagnose.run.run_passes", interrupted)
     result = carsam_cli(
-        *("diagnose", nano_folder, packed_folder, "--data", evaluation_folder / "images", "--images-limit", 1),
+        *("diagnose", nano_folder, packed_folder, "--images", evaluation_folder / "images", "--limit", 1),
         *("--coco", evaluation_folder / "instances.json", "--out", tmp_path / "out"),
     )
     assert result.exit_code == 130
@@ -77,7 +77,7 @@ def test_interrupted(carsam_cli, nano_folder, packed_folder, evaluation_folder, 
         ({"float": "quantized"}, ["already quantized"]),
         ({"float": "missing"}, ["missing"]),
         ({"quantized": "missing"}, ["not a packed carsam model"]),
-        ({"--data": "missing"}, ["missing"]),
+        ({"--images": "missing"}, ["missing"]),
         ({"--coco": "missing.json"}, ["missing.json"]),
         ({"--out": "float"}, ["is not a diagnosis", "--out"]),
         ({"--device": "abacus"}, ["'abacus'"]),
@@ -88,7 +88,7 @@ def test_mistakes(change, words, carsam_cli, nano_folder, packed_folder, evaluat
     values = {
         "float": "float",
         "quantized": "quantized",
-        "--data": evaluation_folder / "images",
+        "--images": evaluation_folder / "images",
         "--coco": evaluation_folder / "instances.json",
         "--out": tmp_path / "out",
         **change,

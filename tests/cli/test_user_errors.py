@@ -41,7 +41,7 @@ def fails(result, *words):
         (["--n-images", "0"], ["at least 1"]),
         (["--box-source", "magic"], ["auto or grid"]),
         (["--data", "missing-folder"], ["missing-folder"]),
-        (["--coco", "missing.json"], ["missing.json"]),
+        (["--data-coco", "missing.json"], ["missing.json"]),
         (["--recipe", "missing.yaml"], ["missing.yaml"]),
         (["--device", "abacus"], ["'abacus'", "cpu, cuda"]),
     ],
