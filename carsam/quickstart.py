@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import SamModel
 
     from carsam.config import QuantizeConfig
+    from carsam.evaluate.intervals import Difference
+    from carsam.evaluate.scores import CocoResult
 
 ROOT = Path(__file__).resolve().parents[1]
 N_OVERLAYS = 4
@@ -48,7 +50,10 @@ class Row:
 
     Attributes:
         model: What was measured.
-        segm_ap, box_ap, mean_iou: In percent.
+        mean_iou, segm_ap, box_ap: In percent.
+        mean_iou_interval: Its 95 % interval over images; None with fewer than two.
+        difference: Mean IoU minus the float model's, with the interval of the paired difference; None for that model.
+        n_objects: Objects that the APs rest on.
         file_bytes: Size of the weights file.
         quantize_seconds: None for the float model.
         evaluate_seconds: Wall-clock time of the evaluation.
@@ -56,9 +61,12 @@ class Row:
     """
 
     model: str
+    mean_iou: float
+    mean_iou_interval: tuple[float, float] | None
+    difference: Difference | None
     segm_ap: float
     box_ap: float
-    mean_iou: float
+    n_objects: int | None
     file_bytes: int
     quantize_seconds: float | None
     evaluate_seconds: float
@@ -123,6 +131,7 @@ def quickstart(sample: Sample, folder: Path, config: QuantizeConfig, *, limit: i
     """
     import torch
 
+    from carsam.evaluate.intervals import difference_interval
     from carsam.files import write_json
     from carsam.models.load import load_model
     from carsam.pack.checkpoint import folder_size
@@ -135,7 +144,7 @@ def quickstart(sample: Sample, folder: Path, config: QuantizeConfig, *, limit: i
     config.bit_plan()
     name = config.bits.upper()
 
-    row, float_scores = _measured("float (FP16 file)", float_model, sample, limit, folder_size(sample.model))
+    row, floating = _measured("float (FP16 file)", float_model, sample, limit, folder_size(sample.model))
     rows = [row]
     with shown(f"quantizing {_relative(sample.model)} to {name} with {config.method}") as progress:
         result = quantize(
@@ -149,8 +158,13 @@ def quickstart(sample: Sample, folder: Path, config: QuantizeConfig, *, limit: i
     packed = result.model
     size = folder_size(folder / "quantized")
     row, scores = _measured(name, packed, sample, limit, size, (result.seconds, result.peak_memory))
-    rows.append(row)
-    merge_results(folder / "quantized", quantization=result.to_dict(), evaluation=scores, float_evaluation=float_scores)
+    rows.append(replace(row, difference=difference_interval(scores.per_image, floating.per_image)))
+    merge_results(
+        folder / "quantized",
+        quantization=result.to_dict(),
+        evaluation=_noted(rows[1], scores, sample, limit),
+        float_evaluation=_noted(rows[0], floating, sample, limit),
+    )
     draw_overlays({"float": float_model, name: packed}, sample, folder / "overlays", limit=limit)
     write_page(sample, folder, limit)
 
@@ -168,20 +182,47 @@ def _measured(
     limit: int | None,
     file_bytes: int,
     quantization: tuple[float, int] | None = None,
-) -> tuple[Row, dict[str, Any]]:
-    """A line of the table, and the scores as ``carsam evaluate`` notes them."""
+) -> tuple[Row, CocoResult]:
+    """A line of the table, and all scores."""
     from carsam.evaluate.coco_metrics import evaluate_coco
     from carsam.measure import peak_memory
 
     started = time.perf_counter()
-    coco, images = sample.evaluation / "instances.json", sample.evaluation / "images"
     with Reporter(f"evaluating {title}") as reporter:
-        scores = evaluate_coco(model, coco, images, limit=limit, progress=reporter.images)
+        scores = evaluate_coco(
+            model,
+            sample.evaluation / "instances.json",
+            sample.evaluation / "images",
+            limit=limit,
+            progress=reporter.images,
+        )
     seconds, peak = quantization or (None, peak_memory())
-    elapsed = time.perf_counter() - started
-    row = Row(title, scores.segm_ap, scores.box_ap, scores.mean_iou, file_bytes, seconds, elapsed, peak)
-    noted = {"coco": _relative(coco), "images": _relative(images), "boxes": None, "limit": limit}
-    return row, {**noted, **scores.to_dict(), "seconds": round(elapsed, 2)}
+    row = Row(
+        title,
+        mean_iou=scores.mean_iou,
+        mean_iou_interval=scores.mean_iou_interval,
+        difference=None,
+        segm_ap=scores.segm_ap,
+        box_ap=scores.box_ap,
+        n_objects=scores.n_objects,
+        file_bytes=file_bytes,
+        quantize_seconds=seconds,
+        evaluate_seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak,
+    )
+    return row, scores
+
+
+def _noted(row: Row, scores: CocoResult, sample: Sample, limit: int | None) -> dict[str, Any]:
+    """Scores as ``carsam evaluate`` notes them."""
+    return {
+        "coco": _relative(sample.evaluation / "instances.json"),
+        "images": _relative(sample.evaluation / "images"),
+        "boxes": None,
+        "limit": limit,
+        **scores.to_dict(),
+        "seconds": round(row.evaluate_seconds, 2),
+    }
 
 
 def write_page(sample: Sample, folder: Path, limit: int | None) -> None:
@@ -262,22 +303,33 @@ def _masks(model: SamModel, pixels: Any, boxes: Any) -> Any:
 
 
 def _print_table(rows: list[Row], folder: Path) -> None:
-    table = Table("model", title="Quick start: sam-nano-256 on the embedded evaluation images", title_justify="left")
-    for heading in ("segm AP", "mean IoU", "box AP", "file", "quantize", "evaluate", "peak memory"):
-        table.add_column(heading, justify="right")
+    """The rows side by side, a score a line: the interval stands beside the mean IoU, and what AP rests on below."""
+    from carsam.evaluate.scores import few_objects_note, interval_text
+
+    table = Table("", title="Quick start: sam-nano-256 on the embedded evaluation images", title_justify="left")
     for row in rows:
-        table.add_row(
-            row.model,
-            f"{row.segm_ap:.1f}",
-            f"{row.mean_iou:.1f}",
-            f"{row.box_ap:.1f}",
-            megabytes(row.file_bytes),
-            "-" if row.quantize_seconds is None else duration(row.quantize_seconds),
-            duration(row.evaluate_seconds),
-            megabytes(row.peak_memory_bytes),
-        )
+        table.add_column(row.model, justify="right")
+    lines: dict[str, Callable[[Row], str]] = {
+        "mean IoU": lambda row: f"{row.mean_iou:.1f}",
+        "  95 % interval over images": lambda row: interval_text(row.mean_iou_interval),
+        "  difference to float": lambda row: str(row.difference or "-"),
+        "segm AP": lambda row: f"{row.segm_ap:.1f}",
+        "box AP": lambda row: f"{row.box_ap:.1f}",
+        "weights file": lambda row: megabytes(row.file_bytes),
+        "time to quantize": lambda row: "-" if row.quantize_seconds is None else duration(row.quantize_seconds),
+        "time to evaluate": lambda row: duration(row.evaluate_seconds),
+        "peak memory": lambda row: megabytes(row.peak_memory_bytes) if row.peak_memory_bytes else "-",
+    }
+    for name, value in lines.items():
+        table.add_row(name, *map(value, rows))
     out.print()
     out.print(table)
+    note = few_objects_note(rows[0].n_objects) if rows[0].n_objects is not None else None
+    if note:
+        out.print(note, soft_wrap=True)
+    differences = [row.difference for row in rows if row.difference is not None]
+    if any(not difference.is_clear for difference in differences):
+        out.print("The interval of the difference includes 0: these images do not tell the two apart.", soft_wrap=True)
     for name, title in {
         "quantized": "packed model",
         "overlays": "overlays",

@@ -45,7 +45,7 @@ def quantize_command(source: Source, out: str = "AGAIN") -> str:
     command = f"carsam quantize {float_model(source)} --recipe {quoted(f'{source.name}/recipe.yaml')}"
     command += f" --data {stored(calibration.get('images'), DATA)}"
     if calibration.get("coco"):
-        command += f" --coco {stored(calibration['coco'], DATA_FILE)}"
+        command += f" --data-coco {stored(calibration['coco'], DATA_FILE)}"
     return f"{command} --out {out}"
 
 
@@ -71,7 +71,7 @@ def diagnose_command(source: Source) -> str:
     """The command that writes ``diagnosis``."""
     data = source.evaluation
     command = f"carsam diagnose {float_model(source)} {quoted(source.name)}"
-    return f"{command} --data {stored(data.get('images'), IMAGES)} --coco {stored(data.get('coco'), FILE)}"
+    return f"{command} --images {stored(data.get('images'), IMAGES)} --coco {stored(data.get('coco'), FILE)}"
 
 
 def report_command(source: Source, *, float_scores: bool = False) -> str:

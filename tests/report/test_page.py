@@ -59,7 +59,7 @@ def test_a_bare_folder_says_what_would_tell(bare_folder, bare_page):
         *("Accuracy", "Example images", "Attention", "Oscillation", "Reconstruction", "Ranges", "Sensitivity"),
     )
     text = words(bare_page)
-    assert "carsam diagnose 'models/sam <b>&amp; co' bare --data IMAGES --coco INSTANCES.json" in text
+    assert "carsam diagnose 'models/sam <b>&amp; co' bare --images IMAGES --coco INSTANCES.json" in text
     assert "carsam evaluate bare --coco INSTANCES.json --images IMAGES" in text
     assert "Its accuracy has not been measured" in text
 
