@@ -9,6 +9,7 @@ import torch
 
 import carsam
 from carsam.data.images import read_image
+from carsam.data.transforms import Preprocessor
 
 BOX = np.array([220, 95, 325, 240])
 POINTS, LABELS = np.array([[270, 150], [100, 50]]), np.array([1, 0])
@@ -146,6 +147,8 @@ def test_parts_and_weights(package, nano):
     assert torch.allclose(*encoded, atol=1e-5)
     pixels = torch.rand(3, 120, 256) * 255
     assert torch.allclose(ours.preprocess(pixels), theirs.preprocess(pixels), atol=1e-5)
+    # To the last bit, it is the preprocessing of all of carsam: the model's own normalisation.
+    assert torch.equal(ours.preprocess(pixels), Preprocessor.for_model(nano).normalise(pixels[None])[0])
     # The weights are the model's own, each once.
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in nano.parameters())
     assert {p.data_ptr() for p in ours.parameters()} == {p.data_ptr() for p in nano.parameters()}
