@@ -13,7 +13,7 @@ from carsam.commands.common import errors_for_people, show_warnings
 from carsam.commands.streams import prepare_streams
 
 # In the order of the help. A new command is a module in carsam/commands and its name here.
-COMMANDS = ("quantize", "evaluate", "predict", "compare", "diagnose", "report", "info", "methods")
+COMMANDS = ("quantize", "evaluate", "predict", "compare", "diagnose", "report", "info", "methods", "push")
 
 
 class _Command(TyperCommand):

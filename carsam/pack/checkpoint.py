@@ -12,10 +12,12 @@ from transformers import SamModel
 
 import carsam.pack.hub  # noqa: F401 - registers packed folders with transformers
 from carsam.errors import CarsamError, CheckpointError
+from carsam.models.declared import check_declared
 from carsam.models.load import is_hub_id, load_model, quiet_transformers, resolve_device
 from carsam.models.random_init import BAD_CONFIG
 from carsam.pack.calibration_places import remember
 from carsam.pack.folder import CHECKSUMS, CONFIG, RECIPE, WEIGHTS, is_packed, read_config, read_header, verify
+from carsam.pack.quantization_config import CarsamQuantizationConfig
 from carsam.pack.source import packed_folder
 from carsam.pack.writing import Facts, packed_state, write_packed
 from carsam.run.target import replaced_folder
@@ -121,7 +123,16 @@ def check_folder(folder: Path) -> None:
         CheckpointError: A file is missing, altered or unreadable; ``config.json`` does not fit the weights.
     """
     verify(folder, weights=False)
-    read_header(folder / WEIGHTS)
+    config = read_config(folder)
+    CarsamQuantizationConfig.from_dict(config["quantization_config"])
+    shapes = {name: shape for name, (_, shape) in read_header(folder / WEIGHTS).items()}
+    # A byte holds four codes of 2 bits.
+    check_declared(without_packing(config), shapes, str(folder), weights_per_element=4)
+
+
+def without_packing(config: dict[str, Any]) -> dict[str, Any]:
+    """A packed folder's ``config.json`` as that of the float model it was made from."""
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "attn_implementation")}
 
 
 def _not_packed(source: str | Path) -> Path:
