@@ -32,6 +32,7 @@ from carsam.models.sites import Sites, find_sites
 from carsam.pack.checkpoint import load, write_folder
 from carsam.pack.layers import PackedLayer
 from carsam.pack.layout import pack
+from carsam.pack.writing import Facts, attach
 from carsam.quantizers import QuantizedLayer
 from carsam.reconstruct.store import UnitStore, fingerprint
 from carsam.reconstruct.walk import Progress, Walk, WalkReport, fit_weights, quantized_layers
@@ -189,7 +190,7 @@ def quantize(
                 return QuantizeResult(model, recipe, report, seconds, peak, data.skipped, dict(stages.seconds))
 
             if output is None:
-                return result(packed)
+                return result(attach(packed, Facts(recipe)))
             with output.replacing() as replacement:
                 with stages("packing"):
                     write_folder(packed, replacement.folder, recipe)
