@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import SamModel
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
+from carsam.data.normalisation import IMAGENET, Normalisation, Triple, normalisation_of, to_preprocessor
 
 Coords = TypeVar("Coords", np.ndarray, Tensor)
 
@@ -90,18 +89,30 @@ class Preprocessor:
 
     Attributes:
         image_size: Side of the square input frame in pixels.
-        mean: Per channel, on the scale 0..255.
-        std: Per channel, on the scale 0..255.
+        normalisation: What becomes of the pixels.
     """
 
     image_size: int
-    mean: tuple[float, float, float] = PIXEL_MEAN
-    std: tuple[float, float, float] = PIXEL_STD
+    normalisation: Normalisation = IMAGENET
 
     @classmethod
     def for_model(cls, model: SamModel) -> Preprocessor:
-        """The preprocessor that fits a model's input size."""
-        return cls(image_size=int(model.config.vision_config.image_size))
+        """The preprocessor that fits a model's input size and its own normalisation.
+
+        Raises:
+            CheckpointError: What the model or its folder says of normalisation cannot be used.
+        """
+        return cls(int(model.config.vision_config.image_size), normalisation_of(model))
+
+    @property
+    def mean(self) -> Triple:
+        """Per channel, on the scale 0..255."""
+        return self.normalisation.pixel_mean
+
+    @property
+    def std(self) -> Triple:
+        """Per channel, on the scale 0..255."""
+        return self.normalisation.pixel_std
 
     def __call__(self, image: np.ndarray) -> tuple[Tensor, Geometry]:
         """Resizes, normalises and pads.
@@ -123,31 +134,29 @@ class Preprocessor:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Normalises and pads ``(B, 3, h, w)`` pixels on the scale 0..255 to ``(B, 3, S, S)`` float32."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std))
         height, width = pixels.shape[-2:]
-        normalised = (pixels.float() - mean) / std
+        normalised = self.normalisation(pixels)
         return F.pad(normalised, (0, self.image_size - width, 0, self.image_size - height)).contiguous()
 
 
 def preprocessor_config(model: SamModel) -> dict[str, Any]:
-    """``preprocessor_config.json`` for transformers' ``SamImageProcessor``, describing the same preprocessing."""
+    """``preprocessor_config.json`` for transformers' ``SamImageProcessor``, describing the same preprocessing.
+
+    Its pixels are bitwise those of :class:`Preprocessor` (where Pillow resizes; torchvision's resize rounds otherwise).
+    """
     preprocessor = Preprocessor.for_model(model)
     size = preprocessor.image_size
     low_res = 4 * int(model.config.prompt_encoder_config.image_embedding_size)
     return {
         "do_convert_rgb": True,
-        "do_normalize": True,
         "do_pad": True,
-        "do_rescale": True,
         "do_resize": True,
-        "image_mean": [round(value / 255, 6) for value in preprocessor.mean],
         "image_processor_type": "SamImageProcessor",
-        "image_std": [round(value / 255, 6) for value in preprocessor.std],
         "mask_pad_size": {"height": low_res, "width": low_res},
         "mask_size": {"longest_edge": low_res},
         "pad_size": {"height": size, "width": size},
         "processor_class": "SamProcessor",
         "resample": 2,
-        "rescale_factor": 1 / 255,
         "size": {"longest_edge": size},
+        **to_preprocessor(preprocessor.normalisation),
     }

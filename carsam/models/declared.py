@@ -128,8 +128,8 @@ def check_declared(config: Mapping[str, Any], shapes: Shapes, source: str, *, we
         full = SamConfig.from_dict(dict(config))
     except BAD_CONFIG as error:
         raise CheckpointError(f"{where} does not describe a SAM: {_gist(error)}") from error
-    _check_numbers(full, where)
     _check_counts(full, shapes, where)
+    _check_numbers(full, where)
     _check_witnesses(full, shapes, where)
     _check_input(full, shapes, where)
     try:

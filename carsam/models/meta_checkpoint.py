@@ -6,9 +6,8 @@ Names are mapped one to one in both directions; a tensor that is missing or left
 
 from __future__ import annotations
 
-import pickle
+import logging
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,8 +15,13 @@ import torch
 from torch import Tensor
 from transformers import SamConfig, SamModel
 
+from carsam.data.normalisation import from_buffers, set_normalisation
 from carsam.errors import CheckpointError
+from carsam.models.declared import numbered
 from carsam.models.random_init import BAD_CONFIG, skeleton
+from carsam.models.torch_file import mappings, read_torch_file
+
+logger = logging.getLogger(__name__)
 
 # Meta's TwoWayAttentionBlock takes torch's default eps of nn.LayerNorm; transformers' published configurations say
 # 1e-6 there. Meta's value is right for Meta's files. All other norms have the same eps in both (final decoder norm
@@ -26,8 +30,8 @@ TWO_WAY_EPS = 1e-5
 VISION_EPS = 1e-6
 
 ANCHOR = "image_encoder.patch_embed.proj.weight"
-# Buffers that some forks save; the predictor normalises images with the same constants.
-IGNORED = {"pixel_mean", "pixel_std"}
+# Buffers that some forks save: what the model's pixels are normalised with.
+BUFFERS = ("pixel_mean", "pixel_std")
 # Where SAM's decoder has heads, tensors do not show them: every published model has eight.
 DECODER_HEADS = 8
 
@@ -112,69 +116,68 @@ def read_meta_file(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: Damaged, pickled code, or not a SAM.
     """
-    is_zip = zipfile.is_zipfile(path)
-    try:
-        # Only the zip form can be mapped; mapping keeps one copy of ViT-H's 2.5 GB out of memory.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        # A whole zip with an unreadable pickle, or any pickle that asks for a foreign name, wants to run code.
-        if is_zip or re.search(r"GLOBAL|reduce for unrecognized", str(error), re.IGNORECASE):
-            wanted = re.search(r"(?:GLOBAL|Unsupported class|function) ([\w.]*\w\.\w+)", str(error))
-            what = f" ({wanted[1]})" if wanted else ""
-            raise CheckpointError(
-                f"{path} contains pickled code{what} and was refused; if you trust its origin, load it where it was "
-                "made and save the weights alone: torch.save(model.state_dict(), path)."
-            ) from error
-        raise CheckpointError(_damaged(path, error)) from error
-    except PermissionError as error:
-        raise CheckpointError(f"{path} cannot be read: permission denied.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise CheckpointError(_damaged(path, error)) from error
-
-    state = _find_state_dict(content)
+    content = read_torch_file(path)
+    state = find_meta_state(content, str(path))
     if state is None:
-        raise CheckpointError(f"{path} is not a SAM checkpoint: {_why_not_sam(content)}")
+        raise CheckpointError(f"{path} is not a SAM checkpoint: {why_not_sam(content)}")
     return state
 
 
-def _damaged(path: Path, error: Exception) -> str:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return (
-        f"{path} cannot be read as a PyTorch checkpoint: it is damaged, cut short or of another kind; download it "
-        f"again. ({reason[:160]})"
-    )
+def find_meta_state(content: object, source: str) -> dict[str, Tensor] | None:
+    """The tensors by Meta's names in a checkpoint's content; None where there are none.
+
+    The first mapping counts, outermost first, that holds the anchor tensor; its prefix is stripped. Tensors without
+    that prefix are no part of the SAM in it and are left out with a warning.
+    """
+    for mapping in mappings(content):
+        found = next((key for key in mapping if isinstance(key, str) and key.endswith(ANCHOR)), None)
+        if found is None:
+            continue
+        prefix = found[: -len(ANCHOR)]
+        tensors = {str(key): value for key, value in mapping.items() if isinstance(value, Tensor)}
+        others = [key for key in tensors if not key.startswith(prefix)]
+        if others:
+            logger.warning(
+                "%s: only the tensors under %r are SAM's; %s left out.",
+                source,
+                prefix,
+                some(others) + " " + _were(others),
+            )
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return None
 
 
-def _find_state_dict(content: object, depth: int = 3) -> dict[str, Tensor] | None:
-    """The first dict, outermost first, that holds the anchor tensor, with its prefix stripped."""
-    if not isinstance(content, Mapping) or depth == 0:
-        return None
-    prefix = next((key[: -len(ANCHOR)] for key in content if isinstance(key, str) and key.endswith(ANCHOR)), None)
-    if prefix is not None:
-        tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-        return {key.removeprefix(prefix): value for key, value in tensors.items()}
-    found = (_find_state_dict(value, depth - 1) for value in content.values())
-    return next((state for state in found if state is not None), None)
+def _were(names: list[str]) -> str:
+    return "was" if len(names) == 1 else "were"
 
 
-def _all_keys(content: object, depth: int = 3) -> list[str]:
-    if not isinstance(content, Mapping) or depth == 0:
-        return []
-    return [str(key) for key in content] + [key for value in content.values() for key in _all_keys(value, depth - 1)]
-
-
-def _why_not_sam(content: object) -> str:
-    keys = _all_keys(content)
-    if any("image_encoder.trunk." in key for key in keys):
+def why_not_sam(content: object) -> str:
+    """What a checkpoint without SAM's image encoder is, and what to do; never at the cost of the user's own weights."""
+    keys = [str(key) for mapping in mappings(content) for key in mapping]
+    if any("image_encoder.trunk." in key or "memory_attention." in key or "obj_ptr_" in key for key in keys):
         return "it is a SAM 2 checkpoint, and SAM 2 is not supported yet; use SAM's, such as sam_vit_b_01ec64.pth."
     if any("vision_encoder.layers." in key for key in keys):
-        return "its tensors have transformers' names; pass the folder with config.json and model.safetensors instead."
+        return (
+            "its tensors have transformers' names; put it as pytorch_model.bin beside the config.json of the model "
+            "that it was trained from, and pass the folder with config.json."
+        )
+    if any(re.search(r"lora_|(^|\.)(w_[ab]_\d+|linear_[ab]_[qv])|adapter", key, re.IGNORECASE) for key in keys):
+        return (
+            "it holds an adapter (LoRA or the like) and not the weights that it adapts; merge it into its model where "
+            "it was trained, and save the whole model: torch.save(model.state_dict(), path)."
+        )
     if any("image_encoder." in key for key in keys):
         return (
             f"there is no {ANCHOR}, so its image encoder is not SAM's ViT (MobileSAM and the like are not supported)."
         )
-    held = f"it holds {', '.join(keys[:3])}, ..." if keys else f"it holds a {type(content).__name__}"
-    return f"there is no {ANCHOR}; {held}. Use a file such as sam_vit_b_01ec64.pth."
+    if any(re.search(r"(^|\.)(mask_decoder|output_upscaling|iou_prediction_head)\.", key) for key in keys):
+        return (
+            "it holds a mask decoder without an image encoder. Put it into the checkpoint that it was trained with and "
+            "pass the result: whole = torch.load(base); whole.update(decoder); torch.save(whole, path), with names "
+            "such as mask_decoder.iou_token.weight."
+        )
+    held = f"it holds {some(keys)}" if keys else f"it holds a {type(content).__name__}"
+    return f"there is no {ANCHOR}; {held}. carsam reads SAM in Meta's form (as sam_vit_b_01ec64.pth) or transformers'."
 
 
 def infer_config(state: Mapping[str, Tensor], source: str = "the checkpoint") -> SamConfig:
@@ -197,8 +200,12 @@ def infer_config(state: Mapping[str, Tensor], source: str = "the checkpoint") ->
         return tuple(tensor.shape)
 
     def count(pattern: str) -> int:
-        matches = [re.match(pattern, name) for name in state]
-        return 1 + max((int(match[1]) for match in matches if match), default=-1)
+        # Up to the first gap: a lone layer 3000000 must not make three million.
+        return numbered(state, pattern)
+
+    empty = next((name for name, tensor in state.items() if not tensor.numel()), None)
+    if empty is not None:
+        raise CheckpointError(f"{source} does not fit together: {empty} is empty. The file is damaged.")
 
     width, channels, patch, _ = shape(ANCHOR, 4)
     _, grid, grid_w, _ = shape("image_encoder.pos_embed", 4)
@@ -245,13 +252,20 @@ def infer_config(state: Mapping[str, Tensor], source: str = "the checkpoint") ->
         "mask_input_channels": shape("prompt_encoder.mask_downscaling.3.weight", 4)[0],
         "num_point_embeddings": count(r"prompt_encoder\.point_embeddings\.(\d+)\."),
     }
+    tokens = shape("mask_decoder.mask_tokens.weight", 2)[0]
+    networks = count(r"mask_decoder\.output_hypernetworks_mlps\.(\d+)\.")
+    if networks != tokens or tokens < 2:
+        raise CheckpointError(
+            f"{source} does not fit together: {tokens} mask tokens with {networks} mask heads "
+            "(output_hypernetworks_mlps). The file is damaged or incomplete."
+        )
     decoder = {
         "hidden_size": hidden,
         "mlp_dim": shape("mask_decoder.transformer.layers.0.mlp.lin1.weight", 2)[0],
         "num_hidden_layers": count(r"mask_decoder\.transformer\.layers\.(\d+)\."),
         "num_attention_heads": DECODER_HEADS,
         "attention_downsample_rate": max(1, hidden // max(1, cross)),
-        "num_multimask_outputs": shape("mask_decoder.mask_tokens.weight", 2)[0] - 1,
+        "num_multimask_outputs": tokens - 1,
         "iou_head_depth": count(r"mask_decoder\.iou_prediction_head\.layers\.(\d+)\."),
         "iou_head_hidden_dim": shape("mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
         "layer_norm_eps": TWO_WAY_EPS,
@@ -267,7 +281,8 @@ def sam_from_meta(state: Mapping[str, Tensor], source: str = "the checkpoint") -
         source: What errors call it.
 
     Returns:
-        The model in float32 on the CPU, with memory of its own.
+        The model in float32 on the CPU, with memory of its own and the normalisation of its ``pixel_mean`` and
+        ``pixel_std``.
 
     Raises:
         CheckpointError: Tensors are missing, left over or of the wrong shape.
@@ -282,31 +297,45 @@ def sam_from_meta(state: Mapping[str, Tensor], source: str = "the checkpoint") -
     missing = sorted(set(names.values()) - set(state))
     if missing:
         raise CheckpointError(
-            f"{source} is not a whole SAM checkpoint: {_some(missing)} missing. Use the complete file."
+            f"{source} is not a whole SAM checkpoint: {some(missing)} missing. Use the complete file."
         )
-    unexpected = sorted(set(state) - set(names.values()) - IGNORED)
+    unexpected = sorted(set(state) - set(names.values()) - set(BUFFERS))
     if unexpected:
         raise CheckpointError(
-            f"{source} has tensors that SAM does not: {_some(unexpected)}. Variants of SAM (SAM-HQ, adapters) are not "
-            "supported; if these tensors play no part, delete them from the file."
+            f"{source} has tensors that SAM does not: {some(unexpected)}. {_variant(unexpected)} if these tensors play "
+            "no part, save the file without them."
         )
     wrong = [
         f"{meta} {tuple(state[meta].shape)} instead of {tuple(expected[name].shape)}"
         for name, meta in names.items()
         if state[meta].shape != expected[name].shape
     ]
-    wrong += [f"{meta} in {tensor.dtype}" for meta, tensor in state.items() if not tensor.is_floating_point()]
+    wrong += [
+        f"{meta} in {tensor.dtype}"
+        for meta, tensor in state.items()
+        if not tensor.is_floating_point() and meta not in BUFFERS
+    ]
     if wrong:
-        raise CheckpointError(f"{source} does not fit together: {_some(wrong)}. The file is damaged or not a SAM.")
+        raise CheckpointError(f"{source} does not fit together: {some(wrong)}. The file is damaged or not a SAM.")
 
     # copy=True: a float32 tensor would otherwise stay mapped from the file, which may change or vanish.
     weights = {name: state[meta].to(torch.float32, copy=True) for name, meta in names.items()}
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
+    set_normalisation(model, from_buffers(*(state.get(name) for name in BUFFERS), source))
     return model
 
 
-def _some(names: list[str], limit: int = 3) -> str:
+def _variant(names: list[str]) -> str:
+    """What tensors beyond SAM's tell of."""
+    if any("hf_token" in name or "hf_mlp" in name or "compress_vit_feat" in name for name in names):
+        return "It is SAM-HQ, whose extra decoder is not supported;"
+    if any(re.search(r"lora_|adapter|prompt_generator", name, re.IGNORECASE) for name in names):
+        return "It has adapters, which are not supported: merge them into the weights where it was trained, or"
+    return "Variants of SAM (SAM-HQ, adapters) are not supported;"
+
+
+def some(names: list[str], limit: int = 3) -> str:
     """The first few of a list, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

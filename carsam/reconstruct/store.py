@@ -67,8 +67,11 @@ def fingerprint(*parts: Any) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all weights and their names."""
+    """SHA-256 of all weights and their names, and of the normalisation of pixels where it is the model's own."""
     digest = hashlib.sha256()
+    own = getattr(getattr(model, "config", None), "carsam_normalisation", None)
+    if own is not None:
+        digest.update(repr(own).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

@@ -218,11 +218,14 @@ BAD_CONFIG = {
     "SAM 2": ({"model_type": "sam2_video"}, "SAM 2 is not supported yet"),
     "carsam": ({"quantization_config": {"quant_method": "carsam"}}, r"already quantized by carsam; .*carsam\.load\("),
     "other method": ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
-    "wrong width": ({"vision_config": {"hidden_size": 384}}, "mismatched weights: .* and .* more"),
+    "wrong width": (
+        {"vision_config": {"hidden_size": 384}},
+        r"vision_config\.hidden_size is 384, but its weights have 192",
+    ),
     "wrong type": ({"vision_config": {"hidden_size": "a"}}, "does not describe a SAM"),
     "no heads": ({"vision_config": {"num_attention_heads": 0}}, "does not describe a SAM"),
-    "deeper": ({"vision_config": {"num_hidden_layers": 9}}, r"missing weights: vision_encoder\.layers\.8"),
-    "shallower": ({"vision_config": {"num_hidden_layers": 7}}, r"unexpected weights: vision_encoder\.layers\.7"),
+    "deeper": ({"vision_config": {"num_hidden_layers": 9}}, r"num_hidden_layers is 9, but its weights have 8"),
+    "shallower": ({"vision_config": {"num_hidden_layers": 7}}, r"num_hidden_layers is 7, but its weights have 8"),
 }
 
 
