@@ -22,6 +22,7 @@ from carsam.calibrate.cache import CacheSpace
 from carsam.calibrate.ranges import calibrate
 from carsam.config import BitPlan, QuantizeConfig
 from carsam.data.calibration import CalibrationSet, calibration_set
+from carsam.data.normalisation import Normalisation, named_normalisation, normalisation_of, set_normalisation
 from carsam.errors import CarsamError, CheckpointError, ConfigError
 from carsam.files import write_json
 from carsam.measure import peak_memory
@@ -94,6 +95,7 @@ def quantize(
     unit_cache: str | Path | None = None,
     cache_gigabytes: float = 6.0,
     progress: Progress | bool | None = None,
+    normalise: str | None = None,
 ) -> QuantizeResult:
     """Quantizes a SAM.
 
@@ -115,6 +117,8 @@ def quantize(
         progress: True shows a bar on a terminal or in a notebook, and lines elsewhere. Or what is called as
             ``progress(unit_index, n_units, unit_name, step, n_steps)``; where it has a method
             ``stage(name, done, total)``, that is told of the stages: see :class:`carsam.run.progress.StageProgress`.
+        normalise: ``imagenet``, ``unit`` (pixels on 0..1) or ``min-max`` (each image stretched to 0..1) instead of the
+            model's own normalisation; the packed folder keeps it.
 
     Returns:
         The packed model and the reports. With ``out``, the model is the one loaded back from there.
@@ -127,6 +131,7 @@ def quantize(
     config = config or QuantizeConfig()
     if resume and restart:
         raise ConfigError("resume and restart exclude each other; choose one.")
+    normalisation = None if normalise is None else named_normalisation(normalise)
     run = _Run(config, create(config.method, config.settings), config.bit_plan(), resolve_device(device))
     if not isinstance(images, CalibrationSet):
         config = run.config = replace(config, calibration=replace(config.calibration, images=str(images)))
@@ -157,7 +162,7 @@ def quantize(
             store = UnitStore(kept.folder, create=kept.create)
         with _keeping(kept):
             with stages("preparing"):
-                reference = _reference(model, run.device)
+                reference = _reference(model, run.device, normalisation)
                 sites = find_sites(reference)
                 run.plan.check(sites)
             data = images
@@ -246,11 +251,13 @@ class _Run:
     device: torch.device
 
 
-def _reference(model: SamModel | str | Path, device: torch.device) -> SamModel:
+def _reference(model: SamModel | str | Path, device: torch.device, normalisation: Normalisation | None) -> SamModel:
     """The float model to quantize; a copy of the caller's."""
     if isinstance(model, SamModel) and any(isinstance(module, PackedLayer) for module in model.modules()):
         raise CheckpointError("this model is packed already; quantize the float model that it was made from.")
     reference = copy.deepcopy(model) if isinstance(model, SamModel) else load_model(model)
+    # Written into its configuration: a folder that it names may be another one by the time of packing.
+    set_normalisation(reference, normalisation or normalisation_of(reference))
     return reference.requires_grad_(False).eval().float().to(device)
 
 

@@ -51,6 +51,16 @@ Device = Annotated[
     ),
 ]
 
+Normalise = Annotated[
+    str | None,
+    typer.Option(
+        help="imagenet, unit (pixels scaled to 0..1) or min-max (each image stretched to 0..1).",
+        metavar="HOW",
+        show_default="the model's own",
+        autocompletion=complete_from("imagenet", "unit", "min-max"),
+    ),
+]
+
 
 @contextmanager
 def errors_for_people() -> Iterator[None]:
@@ -95,7 +105,7 @@ def show_warnings() -> None:
         logger.addHandler(_Warnings(logging.WARNING))
 
 
-def open_model(source: str, device: str) -> SamModel:
+def open_model(source: str, device: str, normalise: str | None = None) -> SamModel:
     """A packed or a float model, whichever ``source`` is: a folder, a Hub id, or a checkpoint file.
 
     Raises:
@@ -103,7 +113,7 @@ def open_model(source: str, device: str) -> SamModel:
     """
     from carsam.pack.checkpoint import open_model
 
-    return open_model(source, device=device)
+    return open_model(source, device=device, normalise=normalise)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from carsam.commands.common import METHODS, Device, complete_from
+from carsam.commands.common import METHODS, Device, Normalise, complete_from
 from carsam.commands.output import Json, Output, Quiet, check_file, renamed
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError
@@ -42,6 +42,7 @@ def compare(
         Path, typer.Option("--out", help="Work folder; run again with the same one to go on.")
     ] = Path("runs/compare"),
     markdown: Annotated[Path | None, typer.Option(help="Also write the table here.", show_default=False)] = None,
+    normalise: Normalise = None,
     device: Device = "auto",
     json: Json = None,
     quiet: Quiet = False,
@@ -62,7 +63,7 @@ def compare(
         calibration["images"] = str(data)
     if data_coco is not None:
         calibration["coco"] = str(data_coco)
-    given = {"model": model, "coco": coco, "images": images}
+    given = {"model": model, "coco": coco, "images": images, "normalise": normalise}
     values.update({name: str(value) for name, value in given.items() if value is not None})
     values["calibration"] = calibration
     if methods is not None:

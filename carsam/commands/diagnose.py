@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from carsam.commands.common import Device, duration
+from carsam.commands.common import Device, Normalise, duration
 from carsam.commands.output import Json, Output, Quiet, renamed
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError
@@ -56,6 +56,7 @@ def diagnose(
         bool,
         typer.Option("--sensitivity/--no-sensitivity", help="Also round every site alone (the longest part)."),
     ] = True,
+    normalise: Normalise = None,
     device: Device = "auto",
     json: Json = None,
     quiet: Quiet = False,
@@ -80,6 +81,7 @@ def diagnose(
             out=out_folder,
             with_sensitivity=sensitivity,
             device=device,
+            normalise=normalise,
             progress=reporter.step,
         )
     summarise(diagnosis, output)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carsam.commands.common import METHODS, Device, complete_from, float16_bytes, megabytes
+from carsam.commands.common import METHODS, Device, Normalise, complete_from, float16_bytes, megabytes
 from carsam.commands.output import Json, Output, Quiet, finite, renamed
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError
@@ -132,6 +132,7 @@ def quantize(
             help="recipe.yaml of an earlier run; other flags override it.", show_default=False, rich_help_panel=_METHOD
         ),
     ] = None,
+    normalise: Normalise = None,
     device: Device = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the units in OUT.partial.", rich_help_panel=_RUN)
@@ -192,6 +193,7 @@ def quantize(
                 config,
                 out=out,
                 device=device,
+                normalise=normalise,
                 resume=resume,
                 restart=restart,
                 overwrite=overwrite,

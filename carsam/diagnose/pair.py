@@ -14,6 +14,7 @@ from transformers import SamModel
 from carsam.calibrate.ranges import calibrate
 from carsam.config import BitPlan, Bits
 from carsam.data.calibration import CalibrationSet
+from carsam.data.normalisation import named_normalisation, normalisation_of, set_normalisation
 from carsam.errors import CheckpointError
 from carsam.methods.base import Method, create
 from carsam.models.load import load_model
@@ -60,13 +61,16 @@ class Pair:
         return self.reference.device
 
 
-def open_pair(float_model: str | Path, quantized: str | Path, device: str | torch.device) -> Pair:
+def open_pair(
+    float_model: str | Path, quantized: str | Path, device: str | torch.device, normalise: str | None = None
+) -> Pair:
     """Loads both models and checks that they belong together.
 
     Args:
         float_model: As for ``carsam quantize``.
         quantized: Packed folder, or Hub id of one.
         device: ``cpu``, ``cuda`` or ``auto``.
+        normalise: ``imagenet``, ``unit`` or ``min-max`` for both; the packed model's own without it.
 
     Raises:
         CarsamError: A model is missing, damaged or of the wrong kind; they are not float and quantized form of one
@@ -78,12 +82,15 @@ def open_pair(float_model: str | Path, quantized: str | Path, device: str | torc
             f"{quantized} is not a packed carsam model; give the folder that carsam quantize wrote, or its Hub id."
         )
     packed = load(folder, device=device)
+    normalisation = normalisation_of(packed) if normalise is None else named_normalisation(normalise)
     recipe = read_yaml(folder / RECIPE, _FIX, error=CheckpointError)
     name, settings = (recipe.get(key) for key in ("method", "settings")) if isinstance(recipe, dict) else (None, None)
     if not isinstance(name, str) or not isinstance(settings, dict):
         raise CheckpointError(f"{folder / RECIPE} is damaged: it names no method and its settings; {_FIX}.")
     method = create(name, settings)
     source = load_model(float_model, device=device)
+    for model in (source, packed):  # the same pixels for both, or their difference would be the pixels'
+        set_normalisation(model, normalisation)
     check_pair(source, packed, str(float_model), str(quantized))
     sites = find_sites(source)
     return Pair(source, float_form(source, sites), packed, sites, method)

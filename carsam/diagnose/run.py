@@ -44,6 +44,7 @@ def diagnose(
     with_sensitivity: bool = True,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    normalise: str | None = None,
 ) -> tuple[Diagnosis, Path]:
     """Finds where a packed model departs from its float original.
 
@@ -58,6 +59,7 @@ def diagnose(
         with_sensitivity: Also round every site alone.
         device: ``cpu``, ``cuda`` or ``auto``.
         progress: Called as work goes on.
+        normalise: ``imagenet``, ``unit`` or ``min-max`` for both models; the packed model's own without it.
 
     Returns:
         The diagnosis, and the folder that holds it.
@@ -74,7 +76,7 @@ def diagnose(
         raise CheckpointError(f"{quantized} is a model of the Hub; name a folder for its diagnosis with --out.")
     target = Path(out) if out is not None else Path(quantized) / FOLDER
     device = resolve_device(device)
-    pair = open_pair(float_model, quantized, device)
+    pair = open_pair(float_model, quantized, device, normalise)
     check_target(target)
     image_size = pair.source.config.vision_config.image_size
 

@@ -80,6 +80,7 @@ class Comparison:
         bits: Bit-widths.
         seeds: Seeds.
         published: Numbers from papers to print below the table.
+        normalise: ``imagenet``, ``unit`` or ``min-max`` instead of the model's own normalisation.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Comparison:
     bits: tuple[str, ...] = ("w4a4",)
     seeds: tuple[int, ...] = (0,)
     published: tuple[Published, ...] = ()
+    normalise: str | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Comparison:
@@ -233,7 +235,7 @@ def compare(
         All measurements; also in ``folder/result.json``, and as a table in ``folder/table.md``.
     """
     note = note or (lambda _: None)
-    model = load_model(comparison.model)
+    model = load_model(comparison.model, normalise=comparison.normalise)
     base = (
         model_fingerprint(model),
         code_fingerprint(),

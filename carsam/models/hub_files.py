@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
+import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from carsam.errors import CheckpointError
@@ -39,14 +43,16 @@ def unreachable_reason(hub_id: str) -> str:
 
 
 def _ask(url: str, answer: list[str]) -> None:
-    import httpx
-    from huggingface_hub import get_session
-
+    request = urllib.request.Request(url, method="HEAD")
     try:
-        get_session().head(url, timeout=PATIENCE)  # any answer will do, "no such model" as well
-        answer.append("")
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-        answer.append(f"{str(error).splitlines()[0].rstrip('.') if str(error).strip() else type(error).__name__}")
+        with urllib.request.urlopen(request, timeout=PATIENCE):
+            answer.append("")
+    except urllib.error.HTTPError:
+        answer.append("")  # any answer will do, "no such model" as well
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        # Whose certificates count is for the Hub's own client to say; the server is there.
+        answer.append("" if isinstance(reason, ssl.SSLError) else f"{url} cannot be reached ({reason})")
 
 
 def hub_file(

@@ -11,6 +11,7 @@ from carsam.data.normalisation import HUB_ID, named_normalisation, set_normalisa
 from carsam.errors import CheckpointError, DeviceError
 from carsam.models.hub_files import hub_folder
 from carsam.models.meta_checkpoint import find_meta_state, read_meta_file, sam_from_meta, why_not_sam
+from carsam.models.torch_file import mappings, read_torch_file
 from carsam.models.transformers_folder import CONFIG, HUB_EXAMPLE, OUR_ANCHOR, load_folder, quiet_transformers
 from carsam.models.weight_files import read_tensors
 
@@ -107,12 +108,12 @@ def _load_file(path: Path) -> SamModel:
         raise CheckpointError(f"{path} is one file of a model; pass its folder, which also holds the weights.")
     if suffix not in (".safetensors", ".bin"):
         return sam_from_meta(read_meta_file(path), str(path))
-    tensors = read_tensors(path)
-    state = find_meta_state(tensors, str(path))
+    content = read_tensors(path) if suffix == ".safetensors" else read_torch_file(path)
+    state = find_meta_state(content, str(path))
     if state is not None:
         return sam_from_meta(state, str(path))
-    if not any(name.endswith(OUR_ANCHOR) for name in tensors):
-        raise CheckpointError(f"{path} is not a SAM checkpoint: {why_not_sam(tensors)}")
+    if not any(str(name).endswith(OUR_ANCHOR) for mapping in mappings(content) for name in mapping):
+        raise CheckpointError(f"{path} is not a SAM checkpoint: {why_not_sam(content)}")
     if (path.parent / CONFIG).is_file():
         raise CheckpointError(f"{path} is one file of a model; pass its folder, which also holds config.json.")
     raise CheckpointError(

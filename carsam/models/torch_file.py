@@ -43,6 +43,8 @@ def read_torch_file(path: Path) -> object:
         # Only the zip form can be mapped; mapping keeps one copy of ViT-H's 2.5 GB out of memory.
         with torch.serialization.safe_globals(_NUMPY):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         # A whole zip with an unreadable pickle, or any pickle that asks for a foreign name, wants to run code.
         if is_zip or re.search(r"GLOBAL|reduce for unrecognized", str(error), re.IGNORECASE):

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import SamModel
 
 import carsam.pack.hub  # noqa: F401 - registers packed folders with transformers
+from carsam.data.normalisation import named_normalisation, normalisation_of, set_normalisation
 from carsam.errors import CarsamError, CheckpointError
 from carsam.models.declared import check_declared
 from carsam.models.load import is_hub_id, load_model, quiet_transformers, resolve_device
@@ -96,22 +97,28 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", revision: st
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise CheckpointError(f"{folder} does not hold the tensors that it should, for example {sorted(wrong)[:3]}.")
+    set_normalisation(model, normalisation_of(model))
     return model.to(device).eval().requires_grad_(False)
 
 
-def open_model(source: str | Path, *, device: str | torch.device = "cpu") -> SamModel:
+def open_model(source: str | Path, *, device: str | torch.device = "cpu", normalise: str | None = None) -> SamModel:
     """A packed or a float model, whichever ``source`` is.
 
     Args:
         source: What :func:`load` takes, or :func:`carsam.load_model`.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
+        normalise: ``imagenet``, ``unit`` or ``min-max`` instead of the model's own normalisation.
 
     Raises:
         CarsamError: It is neither, or damaged; the device is not there.
     """
     device = resolve_device(device)
+    normalisation = None if normalise is None else named_normalisation(normalise)
     folder = packed_folder(source)
-    return load(folder, device=device) if folder is not None else load_model(source, device=device)
+    model = load(folder, device=device) if folder is not None else load_model(source, device=device)
+    if normalisation is not None:
+        set_normalisation(model, normalisation)
+    return model
 
 
 def check_folder(folder: Path) -> None:

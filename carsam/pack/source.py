@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from carsam.errors import CheckpointError
+from carsam.models.hub_files import hub_file
 from carsam.pack.folder import (
     CARD,
     CHECKSUMS,
@@ -20,8 +21,6 @@ from carsam.pack.folder import (
 
 # The cache of the Hub: models--OWNER--NAME/snapshots/COMMIT/FILE.
 _CACHED = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)")
-# Seconds to wait for the Hub before the cache is used, or the error is said.
-_PATIENCE = 8
 
 
 def packed_folder(source: str | Path, revision: str | None = None) -> Path | None:
@@ -48,7 +47,7 @@ def packed_folder(source: str | Path, revision: str | None = None) -> Path | Non
     hub_id, _, tag = name.partition("@")
     if not is_hub_id(hub_id):
         return None
-    folder = _fetch(hub_id, CONFIG, revision or tag or None).parent
+    folder = hub_file(hub_id, CONFIG, revision=revision or tag or None).parent
     return complete(folder) if says_packed(read_config(folder)) else None
 
 
@@ -73,36 +72,12 @@ def complete(folder: Path) -> Path:
     hub_id, cache = f"{found['owner']}/{found['name']}", folder.parents[2]
     for name in (CHECKSUMS, *REQUIRED):
         if not (folder / name).exists():
-            _fetch(hub_id, name, folder.name, cache)
+            hub_file(hub_id, name, revision=folder.name, cache=cache)
     for name in (RESULTS, CARD):
-        _fetch_optional(hub_id, name, folder.name, cache)
+        # A model that was never measured has no scores; nothing depends on either.
+        hub_file(hub_id, name, revision=folder.name, cache=cache, optional=True)
     return folder
 
 
 def _is_complete(folder: Path) -> bool:
     return (folder / CHECKSUMS).is_file() and all((folder / name).is_file() for name in read_checksums(folder))
-
-
-def _fetch(hub_id: str, name: str, revision: str | None, cache: Path | None = None) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(hub_id, name, revision=revision, cache_dir=cache, etag_timeout=_PATIENCE))
-    except (OSError, ValueError, RuntimeError) as error:
-        at = f" at revision {revision}" if revision else ""
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(
-            f"{hub_id} is no file or folder here, and its {name}{at} could not be had from the Hugging Face Hub or its "
-            f"cache: {why.rstrip('.')}. Check the id and the connection (a private model needs hf auth login), or "
-            "download the model and pass its folder."
-        ) from error
-
-
-def _fetch_optional(hub_id: str, name: str, revision: str, cache: Path) -> None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        hf_hub_download(hub_id, name, revision=revision, cache_dir=cache, etag_timeout=_PATIENCE)
-    except (EntryNotFoundError, OSError, ValueError):
-        return  # a model that was never measured, or the card could not be had: nothing depends on either
