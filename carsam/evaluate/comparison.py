@@ -11,8 +11,9 @@ the whole recipe once more to gather everything.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
-import json
+import logging
 import os
 import shutil
 import statistics
@@ -25,18 +26,22 @@ from transformers import SamModel
 
 from carsam.config import CalibrationConfig, QuantizeConfig, build
 from carsam.data.calibration import CalibrationSet, calibration_set
-from carsam.errors import ConfigError
+from carsam.errors import CarsamError, ConfigError
 from carsam.evaluate.coco_metrics import evaluate_coco
+from carsam.evaluate.ground_truth import GroundTruth
 from carsam.files import write_json, write_text
 from carsam.methods.base import create
 from carsam.models.load import load_model
 from carsam.pack.checkpoint import folder_size
 from carsam.pipeline import quantize
-from carsam.reconstruct.store import code_fingerprint, fingerprint, model_fingerprint
+from carsam.reading import read_json
+from carsam.reconstruct.store import code_fingerprint, config_fingerprint, fingerprint, model_fingerprint, versions
 from carsam.reconstruct.walk import Progress
 
 METRICS = ("segm_ap", "box_ap", "mean_iou")
 FLOAT = "float"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -236,25 +241,27 @@ def compare(
     """
     note = note or (lambda _: None)
     model = load_model(comparison.model, normalise=comparison.normalise)
+    # Contents, not paths: a file that changed at its place must be measured again.
     base = (
         model_fingerprint(model),
-        code_fingerprint(),
-        asdict(comparison.calibration),
-        comparison.coco,
-        comparison.images,
+        config_fingerprint(model),
+        code_fingerprint(scores=True),
+        versions("pillow", "pycocotools"),
+        _evaluation_fingerprint(comparison),
     )
-    floating = _cached(folder, fingerprint("float", base), lambda: _measure_float(model, comparison, device))
-    note(f"float: {_scores(floating)}")
+    floating = _cached(folder, fingerprint(FLOAT, base), lambda: _measure_float(model, comparison, device))
+    note(f"{FLOAT}: {_scores(floating)}")
 
     measurements = []
     for seed in comparison.seeds:
         calibration = replace(comparison.calibration, seed=seed)
-        # Read once a seed, and only where something is left to measure.
+        # Boxes of the model's own masks are found once a seed, and only where something is left to measure.
         data = functools.cache(functools.partial(calibration_set, model, **asdict(calibration)))
+        chosen = _calibration_fingerprint(model, calibration)
         for bits, row in itertools.product(comparison.bits, comparison.rows):
             config = QuantizeConfig(row.method, row.settings, bits, row.overrides, calibration)
             method = create(row.method, row.settings)
-            key = fingerprint(base, row.method, method.to_dict(), row.overrides, bits, seed)
+            key = fingerprint(base, chosen, row.method, method.to_dict(), row.overrides, bits, seed)
             measure = functools.partial(_measure, comparison, config, model, data, folder, key, device, progress)
             found = _cached(folder, key, measure)
             note(f"{bits} {row.name}, seed {seed}: {_scores(found)}")
@@ -266,7 +273,7 @@ def compare(
                     seed,
                     {name: found[name] for name in METRICS},
                     found["bytes"],
-                    sum(unit["seconds"] for unit in spent["units"]) or spent["seconds"],
+                    _calibration_seconds(spent),
                     spent["peak_memory_bytes"],
                     method.notes,
                 )
@@ -324,11 +331,51 @@ def _measure_float(model: SamModel, comparison: Comparison, device: str) -> dict
     return {**_metrics(model, comparison, device), "bytes": size}
 
 
+def _evaluation_fingerprint(comparison: Comparison) -> str:
+    """SHA-256 of the annotation file and of all images that it names.
+
+    Raises:
+        DataError: One of them is missing or not valid.
+    """
+    truth = GroundTruth.from_file(comparison.coco, comparison.images)
+    digest = hashlib.sha256(Path(comparison.coco).read_bytes())
+    for index in range(len(truth.images)):
+        with truth.image_path(index).open("rb") as file:
+            for chunk in iter(functools.partial(file.read, 2**20), b""):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _calibration_fingerprint(model: SamModel, calibration: CalibrationConfig) -> list[Any]:
+    """What decides the calibration set: the pixels chosen, their boxes in the annotation file, and the settings.
+
+    Boxes of the model's own masks follow from model and pixels, so they need not be found for this.
+    """
+    settings = asdict(calibration)
+    source = settings.pop("box_source")
+    data = calibration_set(model, **settings, box_source="grid")
+    return [data.fingerprint, source if calibration.coco is None else "coco", calibration.boxes_per_image]
+
+
+def _calibration_seconds(spent: dict[str, Any]) -> float:
+    """Seconds of calibration and reconstruction, also where units came from the cache."""
+    units = sum(unit["seconds"] for unit in spent["units"])
+    stages = spent.get("stages") or {}
+    return units or sum(stages.get(name, 0.0) for name in ("weight grids", "ranges")) or spent["seconds"]
+
+
 def _cached(folder: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """``compute()``, or what an earlier run saved under the key."""
+    """``compute()``, or what an earlier run saved under the key; a damaged row is computed again, with a line."""
     path = folder / "rows" / f"{key[:40]}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    if os.path.lexists(path):
+        try:
+            found = read_json(path, "it is measured again")
+        except (CarsamError, OSError) as error:
+            logger.warning("%s", error)
+        else:
+            if found.pop("checksum", None) == fingerprint(key, found):
+                return found
+            logger.warning("%s is damaged: its checksum differs; it is measured again.", path)
     found = compute()
-    write_json(path, found)
+    write_json(path, {**found, "checksum": fingerprint(key, found)})
     return found

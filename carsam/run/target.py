@@ -58,7 +58,7 @@ class Output:
     ):
         self.path = Path(out)
         self.target = Path(os.path.realpath(out))
-        self.partial = self.target.with_name(f"{self.target.name}.partial")
+        self.partial = self.target.parent / f"{self.target.name}.partial"
         self.overwrite, self._inputs, self._finished = overwrite, dict(inputs or {}), finished
         self._held = ExitStack()
 

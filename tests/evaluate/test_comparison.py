@@ -194,3 +194,27 @@ def test_two_processes_share_a_work_folder(recipe, tmp_path):
 
 def test_calibration_of_a_comparison_is_the_pipelines(recipe):
     assert Comparison.from_dict(recipe).calibration == CalibrationConfig(**recipe["calibration"])
+
+
+def test_rows_follow_contents_and_damaged_rows_are_measured_again(recipe, evaluation_folder, tmp_path, caplog):
+    """Another file at the same path is other data; a row that was cut off or altered is not believed."""
+    annotations = json.loads((evaluation_folder / "instances.json").read_text())
+    coco = tmp_path / "instances.json"
+    coco.write_text(json.dumps(annotations))
+    comparison = Comparison.from_dict({**recipe, "coco": str(coco), "rows": recipe["rows"][1:]})
+    work = tmp_path / "work"
+    first = compare(comparison, work)
+
+    rows = sorted((work / "rows").iterdir())
+    rows[0].write_text(rows[0].read_text().replace('"mean_iou": ', '"mean_iou": 1'))
+    rows[1].write_text(rows[1].read_text()[:50])
+    assert compare(comparison, work).floating == first.floating
+    assert caplog.text.count("measured again") == 2
+
+    kept = {image["id"] for image in annotations["images"][:4]}
+    annotations["annotations"] = [a for a in annotations["annotations"] if a["image_id"] in kept]
+    coco.write_text(json.dumps(annotations))
+    second = compare(comparison, work)
+    assert second.floating["mean_iou"] != first.floating["mean_iou"]
+    assert second.measurements[0].scores["mean_iou"] != first.measurements[0].scores["mean_iou"]
+    assert len(list((work / "rows").iterdir())) == 4
