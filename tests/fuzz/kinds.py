@@ -6,116 +6,31 @@ returns what is to be run. That must end in success or in a ``CarsamError``; a w
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import pickle
 import random
 import shutil
-import struct
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
+from fuzz_base import Base, Run, command, mutate_json_file, mutate_safetensors
+from kinds_of_models import checkpoints, packed
 from mutations import json_bytes, json_text, mutate_bytes, mutate_json, png
 from packed_example import write_all
 from PIL import Image
-from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-import carsam
-from carsam.cli import app
 from carsam.commands.recipe import quantize_config, read_yaml
 from carsam.config import QuantizeConfig
 from carsam.data.calibration import calibration_set
 from carsam.data.images import list_images, read_image
-from carsam.errors import CarsamError
 from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.evaluate.comparison import Comparison
-from carsam.models.load import load_model
-from carsam.models.random_init import BAD_CONFIG
 from carsam.predict.inputs import find_photos, measure
 from carsam.predict.prompts import read_prompts
-from carsam.predictor import SamPredictor
 from carsam.report.page import write_report
-
-Run = Callable[[], object]
-N_IMAGES = 2
-
-
-@dataclass(frozen=True)
-class Base:
-    """What is mutated.
-
-    Attributes:
-        root: The checkout.
-        packed: A packed folder of the embedded model.
-    """
-
-    root: Path
-    packed: Path
-    memory: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def model_folder(self) -> Path:
-        return self.root / "embedded" / "sam-nano-256"
-
-    @cached_property
-    def model(self) -> Any:
-        return load_model(self.model_folder)
-
-    @cached_property
-    def images(self) -> Path:
-        return self.root / "embedded" / "images" / "evaluation" / "images"
-
-    @cached_property
-    def coco(self) -> dict[str, Any]:
-        """Two small images with their objects, polygons and RLE."""
-        values = json.loads((self.images.parent / "instances.json").read_text())
-        images = sorted(values["images"], key=lambda image: image["id"])[:N_IMAGES]
-        ids = {image["id"] for image in images}
-        chosen = [a for a in values["annotations"] if a["image_id"] in ids]
-        return {**values, "images": images, "annotations": chosen[:8] + chosen[-4:]}
-
-    @cached_property
-    def state(self) -> dict[str, torch.Tensor]:
-        return load_file(self.model_folder / "model.safetensors")
-
-    @cached_property
-    def probe(self) -> np.ndarray:
-        return read_image(sorted(self.images.iterdir())[0])
-
-    @cached_property
-    def packed_output(self) -> tuple[np.ndarray, ...]:
-        return outputs(carsam.load(self.packed), self.probe)
-
-
-def outputs(model: Any, image: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Masks, scores and logits of a model for one box."""
-    predictor = SamPredictor(model)
-    predictor.set_image(image)
-    return predictor.predict(box=np.array([20.0, 30.0, 200.0, 220.0]), multimask_output=True)
-
-
-def command(*arguments: object) -> Run:
-    """A command in this process: it must end with 0, 1 or 2, and a failure with one message."""
-
-    def run() -> None:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-        assert result.exit_code in (0, 1, 2), f"exit code {result.exit_code}"
-        assert "Traceback" not in result.output, result.output[-500:]
-        if result.exit_code:
-            assert "rror" in result.stderr, f"no message: {result.output[-200:]!r}"
-            raise CarsamError(result.stderr)
-
-    return run
 
 
 def _in_range(scores: dict[str, Any]) -> None:
@@ -213,158 +128,6 @@ def _picture(rng: random.Random, kind: str, base: Base) -> bytes:
     return mutate_bytes(rng, data, near=rng.choice((None, 64, 64)))
 
 
-def checkpoints(rng: random.Random, folder: Path, base: Base) -> Run:
-    """A float model: .pth, .safetensors, or a transformers folder."""
-    choice = rng.randrange(10)
-    if choice < 5:
-        shutil.copytree(base.model_folder, folder / "model")
-        target = folder / "model"
-        if choice < 3:
-            _mutate_json_file(rng, target / "config.json")
-        elif choice == 3:
-            _mutate_safetensors(rng, target / "model.safetensors")
-        else:
-            text = json.dumps(mutate_json(rng, _PREPROCESSOR))
-            (target / "preprocessor_config.json").write_text(text)
-    elif choice == 5:
-        target = folder / "model.safetensors"
-        shutil.copy(base.model_folder / "model.safetensors", target)
-        _mutate_safetensors(rng, target)
-    else:
-        target = folder / "model.pth"
-        _write_pth(rng, target, base)
-    if rng.randrange(8) == 0:
-        return command("info", target)
-    return lambda: load_model(target)
-
-
-_PREPROCESSOR = {
-    "do_normalize": True,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-    "size": {"longest_edge": 256},
-    "pad_size": {"height": 256, "width": 256},
-    "image_processor_type": "SamImageProcessor",
-}
-
-
-def _mutate_json_file(rng: random.Random, path: Path) -> None:
-    path.write_bytes(json_bytes(rng, mutate_json(rng, json.loads(path.read_text()))))
-
-
-def _mutate_safetensors(rng: random.Random, path: Path) -> None:
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    if rng.random() < 0.4:
-        path.write_bytes(mutate_bytes(rng, data, near=rng.choice((8, 8 + length, None))))
-        return
-    header = json_text(mutate_json(rng, json.loads(data[8 : 8 + length]))).encode("utf-8", "surrogatepass")
-    path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
-
-
-class _Odd:
-    """What a checkpoint of another program might hold: loading it would run its code."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (print, ("a checkpoint ran code",))
-
-
-def _write_pth(rng: random.Random, path: Path, base: Base) -> None:
-    tensors: dict[str, Any] = dict(base.state)
-    prefix = rng.choice(("", "module.", "model.", "sam."))
-    name = rng.choice(list(tensors))
-    odd = (
-        *(None, 1.5, "text", np.float64(3), [1, 2], {"a": 1}, torch.zeros(0), torch.zeros(3, dtype=torch.complex64)),
-        *(torch.full((2, 2), float("nan")), torch.zeros(1).expand(10**6, 10**6), tensors[name].flatten(), _Odd()),
-        *(torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8), torch.zeros(2).to_sparse()),
-    )
-    action = rng.randrange(6)
-    if action == 0:
-        del tensors[name]
-    elif action == 1:
-        tensors[name] = rng.choice(odd)
-    elif action == 2:
-        digits = [part for part in name.split(".") if part.isdigit()] or ["x"]
-        tensors[name.replace(digits[0], rng.choice(("3000000", "-1", "01", "")), 1)] = tensors.pop(name)
-    elif action == 3:
-        tensors[rng.choice((3, None, "", ("a",), "x" * 5000, "optimizer"))] = rng.choice(odd)
-    state: Any = {prefix + key if isinstance(key, str) else key: value for key, value in tensors.items()}
-    wrapped = {"model": state, "epoch": 3, "args": rng.choice(odd)}
-    state = rng.choice((state, state, wrapped, {"state_dict": state}, [state]))
-    if action == 5:
-        small = {key: torch.zeros(1) for key in list(tensors)[:5]}
-        path.write_bytes(mutate_bytes(rng, rng.choice((pickle.dumps(_Odd()), pickle.dumps(list(small))))))
-        return
-    torch.save(state, path)
-    if action == 4:
-        path.write_bytes(mutate_bytes(rng, path.read_bytes(), near=rng.choice((None, 2000))))
-
-
-def packed(rng: random.Random, folder: Path, base: Base) -> Run:
-    """A packed folder: it fails, or computes what it computed before it was damaged."""
-    target = folder / "packed"
-    shutil.copytree(base.packed, target)
-    names = [
-        "config.json",
-        "model.safetensors",
-        "recipe.yaml",
-        "preprocessor_config.json",
-        "SHA256SUMS",
-        "results.json",
-    ]
-    path = target / rng.choice([name for name in names if (target / name).is_file()])
-    if rng.randrange(12) == 0:
-        path.unlink()
-    elif path.suffix == ".json":
-        _mutate_json_file(rng, path)
-    elif path.suffix == ".safetensors":
-        _mutate_safetensors(rng, path)
-    else:
-        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
-    resealed = rng.random() < 0.4 and path.name != "SHA256SUMS"
-    if resealed:
-        _seal(target)
-    choice = rng.randrange(8)
-    if choice == 0:
-        return command("info", target)
-    if choice == 1:
-        return command("report", target)
-    expected = base.packed_output
-
-    def read() -> None:
-        model = carsam.load(target) if choice % 2 else _from_pretrained(target)
-        found = outputs(model, base.probe)
-        # Whoever writes the checksums anew can change the weights; then only the form is checked.
-        if not resealed:
-            assert all(np.array_equal(a, b) for a, b in zip(found, expected)), "other outputs than before the damage"
-
-    return read
-
-
-def _from_pretrained(folder: Path) -> Any:
-    """Through transformers, which reads the configuration itself: its own errors are as good as carsam's here."""
-    from transformers import SamModel
-
-    try:
-        return SamModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    except BAD_CONFIG as error:
-        if isinstance(error, CarsamError):
-            raise
-        raise CarsamError(f"transformers: {error!r}") from error
-    except OSError as error:
-        raise CarsamError(f"transformers: {error!r}") from error
-
-
-def _seal(folder: Path) -> None:
-    """Writes the checksums anew, as somebody would who wants the damage to pass."""
-    sums = folder / "SHA256SUMS"
-    names = [line.partition("  ")[2] for line in sums.read_text().splitlines()]
-    present = [name for name in names if (folder / name).is_file()]
-    sums.write_text("".join(f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in present))
-
-
 def recipes(rng: random.Random, folder: Path, base: Base) -> Run:
     """A recipe for ``quantize`` or ``compare``."""
     path = folder / "recipe.yaml"
@@ -452,9 +215,9 @@ def report(rng: random.Random, folder: Path, base: Base) -> Run:
     pictures = [str(path.relative_to(target)) for path in sorted((target / "diagnosis").rglob("*.png"))]
     path = rng.choice([*(target / name for name in (*names, *names[:2], rng.choice(pictures))), floating])
     if path.suffix == ".json":
-        _mutate_json_file(rng, path)
+        mutate_json_file(rng, path)
     elif path.suffix == ".safetensors":
-        _mutate_safetensors(rng, path)
+        mutate_safetensors(rng, path)
     else:
         path.write_bytes(mutate_bytes(rng, path.read_bytes(), near=rng.choice((None, 40))))
     scores = floating if path == floating else None
@@ -467,37 +230,6 @@ def report(rng: random.Random, folder: Path, base: Base) -> Run:
         assert len(made.html) < 20_000_000
 
     return read
-
-
-def _self_test(name: str) -> Run:
-    """What the harness must notice."""
-
-    def raises() -> None:
-        raise KeyError("x")
-
-    def hangs() -> None:
-        time.sleep(60)
-
-    def grows() -> None:
-        bytearray(2_000_000_000)
-
-    def prints() -> None:
-        print("hello")
-
-    def ends() -> None:
-        os._exit(3)
-
-    def refuses() -> None:
-        raise CarsamError("told in words")
-
-    return {f.__name__: f for f in (raises, hangs, grows, prints, ends, refuses)}[name]
-
-
-def prepare(kind: str, rng: random.Random, folder: Path, base: Base) -> Run:
-    """Writes an input of a kind; what is then to be run."""
-    if kind.startswith("self-test: "):
-        return _self_test(kind.partition(": ")[2])
-    return KINDS[kind][0](rng, folder, base)
 
 
 # Shares of the inputs in a run, in percent.
