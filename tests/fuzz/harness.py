@@ -110,7 +110,8 @@ class Runner:
         environment = {
             **os.environ,
             **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "PYTHONFAULTHANDLER": "1"},
-            "CARSAM_CACHE": tempfile.gettempdir() + "/carsam-fuzz-cache",
+            # A worker that is ended leaves its files: they go with this folder.
+            **dict.fromkeys(("TMPDIR", "CARSAM_CACHE"), self._open.enter_context(tempfile.TemporaryDirectory())),
         }
         worker = str(Path(__file__).with_name("worker.py"))
         arguments = [str(send), str(ROOT), str(self.packed), str(self.megabytes * 1_000_000), str(int(self.warm))]
