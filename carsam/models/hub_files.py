@@ -78,6 +78,8 @@ def hub_file(
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     reason = unreachable_reason(hub_id)
+    # A commit is what another revision was resolved to; its 40 digits would only be in the way.
+    wanted = f"{name} at revision {revision}" if revision and len(revision) < 40 else name
     try:
         return Path(
             hf_hub_download(
@@ -93,7 +95,7 @@ def hub_file(
         # "Not in the cache" may also mean that the model has no such file; only a required one is an error.
         if optional:
             return None
-        raise CheckpointError(unreachable_message(hub_id, name, reason or _gist(error))) from error
+        raise CheckpointError(unreachable_message(hub_id, wanted, reason or _gist(error))) from error
     except EntryNotFoundError as error:
         if optional:
             return None
@@ -102,7 +104,7 @@ def hub_file(
             "checkpoint in Meta's form (.pth), download that file and pass it."
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(unreachable_message(hub_id, name, reason or _gist(error))) from error
+        raise CheckpointError(unreachable_message(hub_id, wanted, reason or _gist(error))) from error
 
 
 def hub_folder(hub_id: str, revision: str | None = None) -> Path:
