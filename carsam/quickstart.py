@@ -152,6 +152,7 @@ def quickstart(sample: Sample, folder: Path, config: QuantizeConfig, *, limit: i
             config.calibration.images,
             config,
             out=folder / "quantized",
+            restart=True,  # make has no flag for what an interrupted quick start left
             overwrite=True,
             progress=progress,
         )
