@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import ssl
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from carsam.errors import CheckpointError
 
 # Seconds until an unanswered request counts as unreachable.
-PATIENCE = 6.0
+PATIENCE = 4.0
 # Seconds for which the answer stands: a model has several files.
 _REMEMBER = 30.0
 
@@ -35,8 +36,10 @@ def unreachable_reason(hub_id: str) -> str:
         return _last[2]
     answer: list[str] = []
     thread = threading.Thread(target=_ask, args=(f"{endpoint}/api/models/{hub_id}", answer), daemon=True)
+    started = time.monotonic()
     thread.start()
-    thread.join(PATIENCE)
+    importlib.import_module("huggingface_hub.file_download")  # seconds on a busy machine: while the Hub is asked
+    thread.join(max(0.0, started + PATIENCE - time.monotonic()))
     reason = answer[0] if answer else f"{endpoint} did not answer within {PATIENCE:g} s"
     _last = (endpoint, time.monotonic(), reason)
     return reason
