@@ -79,7 +79,7 @@ def valid_queries(stage: nn.Module, height: int, width: int) -> Tensor | None:
 
     Args:
         stage: An encoder block, or the neck.
-        height, width: Of the grid.
+        height, width: Size of the grid.
 
     Returns:
         (windows, queries) bool; None where there are no windows.
@@ -132,7 +132,7 @@ class DissipationMeter:
         entry.count += int(valid.sum())
 
     def results(self, queries: dict[str, int]) -> tuple[AttentionResult, ...]:
-        """Of the attentions seen, in execution order; ``queries`` are those of a :class:`MapRecorder`."""
+        """The attentions that were seen, in execution order; ``queries`` are those of a :class:`MapRecorder`."""
         results = []
         for site in self.sites.attentions:
             if site.name not in self._sums:

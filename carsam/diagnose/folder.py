@@ -39,7 +39,7 @@ def write_folder(target: Path, diagnosis: Diagnosis, pictures: dict[str, Image.I
         target: The folder.
         diagnosis: Goes to ``diagnosis.json``.
         pictures: By path relative to the folder.
-        quality: Of JPEG.
+        quality: Quality of the JPEG files.
 
     Raises:
         CarsamError: The disk is full, or the place is not writable; an earlier diagnosis is still there.

@@ -44,7 +44,7 @@ class UnitGroup:
     """Units that are put into place at once, because only whole attentions can be.
 
     Attributes:
-        name: Of the last unit.
+        name: Name of the last unit.
         paths: Module paths that are replaced.
     """
 
@@ -74,7 +74,7 @@ def unit_groups(units: list[Unit], sites: Sites) -> tuple[UnitGroup, ...]:
     Half an attention of one model and half of another compute nothing: Q and K may be transformed together.
 
     Args:
-        units: Of a method.
+        units: The units of a method.
         sites: The model's sites.
     """
     attentions = [site.name for site in sites.attentions]

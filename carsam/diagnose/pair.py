@@ -40,7 +40,7 @@ class Pair:
         source: The float model as loaded.
         reference: The same in :func:`float_form`.
         packed: The packed model.
-        sites: Of both.
+        sites: The sites of both models.
         method: That packed it.
     """
 
@@ -57,7 +57,7 @@ class Pair:
 
     @property
     def device(self) -> torch.device:
-        """Of both."""
+        """The device of both models."""
         return self.reference.device
 
 

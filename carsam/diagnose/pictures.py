@@ -118,7 +118,7 @@ def zoom_picture(
         mask: (H, W) bool.
         box: XYXY in pixels of the image.
         region: From :func:`zoom_region`.
-        index: Of the object, for its colour.
+        index: Number of the object, for its colour.
     """
     left, top, right, bottom = region
     factor = ZOOM_SIDE / max(right - left, bottom - top)

@@ -55,7 +55,7 @@ class AttentionResult:
     Attributes:
         name: Module path.
         stage: ``encoder`` or ``decoder``.
-        queries, keys: Of one window, image or prompt.
+        queries, keys: How many there are in one window, image or prompt.
         mean: Over heads.
         heads: One by one.
     """
@@ -82,7 +82,7 @@ class HeatMap:
         image: File name.
         box: The prompt, XYXY in pixels of the image file.
         float_, quantized: Pictures, relative to the diagnosis folder; both scaled to the float map's maximum.
-        entropy_float, entropy_quantized, kl, focus_overlap: Of the mask token's rows, means over heads.
+        entropy_float, entropy_quantized, kl, focus_overlap: Measures of the mask token's rows, means over heads.
     """
 
     attention: str
@@ -103,7 +103,7 @@ class Moment:
     Attributes:
         after: ``nearest rounding``, ``encoder``, or the unit that was finished last.
         errors: Relative squared error of every stage.
-        total_variation: Of their logarithms.
+        total_variation: Total variation of their logarithms.
     """
 
     after: str
@@ -128,7 +128,7 @@ class Oscillation:
     Attributes:
         stages: Paths below the decoder's transformer; each stands for its output after residual and norm.
         moments: From nearest rounding to the finished model.
-        errors, total_variation: Of the packed model.
+        errors, total_variation: The same for the packed model.
         neighbours: Coupled attentions.
     """
 
@@ -155,12 +155,12 @@ class SiteValues:
     Attributes:
         site: Its name.
         grid: Kind of grid.
-        bits: Of a code.
+        bits: Bits of a code.
         low, high: Exact ends of the values seen.
         grid_low, grid_high: Ends of the grid; None where a site has several grids, or one for each row.
         clipped: Share 0..1 of the values beyond the grid.
         modes: Number of modes of their density.
-        histogram: Of a sample.
+        histogram: Histogram of a sample.
     """
 
     site: str
@@ -181,7 +181,7 @@ class WeightResult:
 
     Attributes:
         site: Module path.
-        bits: Of a code.
+        bits: Bits of a code.
         parameters: Number of weights.
         error: Relative squared error against the float weights; None where the method changed them beyond comparison.
     """
@@ -199,7 +199,7 @@ class SiteSensitivity:
     Attributes:
         site: Its name.
         kind: ``weight`` or ``activation``.
-        bits: Of a code.
+        bits: Bits of a code.
         error: Relative squared error of the mask logits.
         iou: Mean IoU 0..1 of the masks with the float model's.
     """
@@ -267,12 +267,12 @@ class Diagnosis:
 
     Attributes:
         float_, quantized: The models, as given.
-        method, bits: Of the packed model.
+        method, bits: Method and bits of the packed model.
         n_images, n_prompts: What it was measured on.
         reference: What masks are scored against: ``ground truth`` or ``float model's masks``.
         mean_iou_float, mean_iou_quantized: 0..1, over all prompts.
         attentions: In execution order.
-        heat_maps: Of the examples' first prompts.
+        heat_maps: Heat maps of the first prompt of each example.
         oscillation: Along the decoder.
         units: Reconstruction reports of ``results.json``; empty where it has none.
         sites, weights: Every activation site and every layer.

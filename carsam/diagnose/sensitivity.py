@@ -30,7 +30,7 @@ class Part:
     Attributes:
         site: Its name.
         kind: ``weight`` or ``activation``.
-        bits: Of a code.
+        bits: Bits of a code.
         owner: Module path whose attribute it is, in both models.
         attribute: Name of the attribute.
     """
@@ -94,7 +94,7 @@ def sensitivity(
         base: The float model that ``rounded`` was made from, with quantizers' places; changed only while a site is
             tried.
         rounded: Nearest rounding of it.
-        sites: Of both.
+        sites: The sites of both models.
         samples: Images with prompts.
         progress: Called as ``progress(sites_done, n_sites)``.
 

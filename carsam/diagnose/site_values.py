@@ -95,7 +95,7 @@ class ValueRecorder:
                 handle.remove()
 
     def results(self) -> tuple[SiteValues, ...]:
-        """Of the sites seen, in execution order."""
+        """The values of the sites that were seen, in execution order."""
         return tuple(self._result(name, seen) for name, seen in self._seen.items())
 
     def _result(self, name: str, seen: _Seen) -> SiteValues:

@@ -26,7 +26,7 @@ class Change:
     Attributes:
         image: File name.
         prompt: Number of the prompt in its image, from 1; None for the whole image.
-        before, after: Of the float and of the quantized model.
+        before, after: The IoU of the float and of the quantized model.
     """
 
     image: str
@@ -45,7 +45,7 @@ class Changes:
     """What quantization changed, by prompts and images.
 
     Attributes:
-        difference: Of mean IoU, with its interval; None with fewer than two images.
+        difference: How mean IoU changed, with its interval; None with fewer than two images.
         n_fell, n_rose, n_alike: Prompts by their IoU; alike is a change of less than a point.
         fell, rose: The prompts that changed most, the largest change first.
         images: Those whose mean IoU fell most, the largest change first.
@@ -64,7 +64,7 @@ def find_changes(evaluation: dict[str, Any], floating: dict[str, Any]) -> Change
     """Compares two evaluations prompt by prompt.
 
     Args:
-        evaluation, floating: Of the quantized and of the float model, as ``results.json`` has them.
+        evaluation, floating: Scores of the quantized and of the float model, as ``results.json`` has them.
 
     Returns:
         None where they are not of the same prompts, or hold no IoU of single prompts.

@@ -51,7 +51,7 @@ class Source:
         quantization, evaluation: Parts of ``results.json``; empty where they were not measured.
         float_evaluation: Scores of the float model on the same data; empty where not known.
         diagnosis: ``diagnosis/diagnosis.json``; None where there is none.
-        tensors: Of the weights file, by name.
+        tensors: The table of contents of the weights file, by name.
         weights_bytes: Size of the weights file; None where there is none.
     """
 

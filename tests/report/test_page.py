@@ -235,7 +235,7 @@ def test_without_ground_truth(tmp_path):
     save_diagnosis(folder, {**diagnosis, "reference": "float model's masks", "mean_iou_float": 1.0})
     html = render(read_source(folder)).html
     assert html.count("<img") == 32 and "Truth" not in words(html)
-    assert "IoU in percent with the float model's masks" in words(html)
+    assert "The IoU is measured against the float model's masks, in percent" in words(html)
     # That the float model agrees with itself is no score.
     assert "Mean IoU 61.2 with the float model’s masks, on the 31 prompts of the diagnosis" in words(html)
     assert "100.0" not in words(html)

@@ -20,9 +20,9 @@ class Section:
         id: Its anchor, and the name of its template.
         title: Its heading.
         view: What the template shows; None where there is nothing to show.
-        missing: Then: what is not known.
-        command: And the command that would fill it in; empty where there is none.
-        absent: And in a word, for the table of contents.
+        missing: In its place, a sentence about what is not known.
+        command: The command that would fill it in; empty where there is none.
+        absent: The same in a word, for the table of contents.
     """
 
     id: str
@@ -38,7 +38,7 @@ def diagnosed(source: Source, id: str, title: str, view: dict[str, Any] | None, 
 
     Args:
         source: The folder.
-        id, title: Of the section.
+        id, title: Name and heading of the section.
         view: None where the diagnosis does not hold it.
         what: What it would hold, for the sentence in its place.
     """
@@ -49,7 +49,7 @@ def diagnosed(source: Source, id: str, title: str, view: dict[str, Any] | None, 
 
 
 def mean(values: list[float | None]) -> float | None:
-    """Of the known values; None where there are none."""
+    """The mean of the known values; None where there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

@@ -25,7 +25,7 @@ class RegionSize:
         layers: Quantized layers in it.
         parameters: Weights and biases, as the float model has them.
         bytes: What they and their grids take in the file.
-        bits: Of the weights, ``4`` or ``4 and 8``.
+        bits: Bits of the weights, ``4`` or ``4 and 8``.
     """
 
     title: str

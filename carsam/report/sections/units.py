@@ -30,7 +30,7 @@ def section(source: Source) -> Section:
             method = source.quantization_config.get("method", "The method")
             missing = f"{method} reconstructed no unit, so there are no loss curves."
             return Section("units", title, None, missing, absent="none")
-        missing = "How the quantization went is not noted in results.json; the command that makes the folder does so."
+        missing = "results.json does not say how the quantization went. The command that makes the folder notes it."
         return Section("units", title, None, missing, quantize_command(source))
     shown = [_unit(index, unit) for index, unit in enumerate(units, 1)]
     with_losses = [unit for unit in shown if unit["chart"]]
