@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from transformers import SamModel
 
 RESULTS = "results.json"
-METHODS = ("adaround", "ahcptq", "brecq", "car-sam", "ptq4sam", "qdrop", "rtn")  # completed without importing torch
+METHODS = (
+    "adaround",
+    "ahcptq",
+    "brecq",
+    "car-sam",
+    "ptq4sam-l",
+    "ptq4sam-s",
+    "qdrop",
+    "rtn",
+)  # completed without importing torch
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
