@@ -14,6 +14,7 @@ from carsam.errors import ConfigError
 if TYPE_CHECKING:
     from carsam.models.sites import Sites  # imports transformers, which may be importing this module
 
+MAX_BOXES = 1000
 SUPPORTED_BITS = (*range(2, 9), 16)
 
 
@@ -36,7 +37,7 @@ class Bits:
         Raises:
             ConfigError: The text is not of that form, or the bits are not supported.
         """
-        match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+        match = re.fullmatch(r"w([0-9]{1,9})a([0-9]{1,9})", text.strip().lower())
         if match is None:
             raise ConfigError(
                 f"cannot read the bits {text!r}; write weights and activations as w4a4, w6a6, w8a8, w4a8."
@@ -118,6 +119,10 @@ class CalibrationConfig:
     def __post_init__(self):
         if self.n_images < 1 or self.boxes_per_image < 1:
             raise ConfigError("n_images and boxes_per_image must be at least 1.")
+        if self.boxes_per_image > MAX_BOXES:
+            raise ConfigError(f"boxes_per_image must be at most {MAX_BOXES}: an image's boxes go through at once.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("the seed must be a whole number from 0 to 2^63 - 1.")
         if self.box_source not in ("auto", "grid"):
             raise ConfigError(f"unknown box source {self.box_source!r}; choose auto or grid.")
 

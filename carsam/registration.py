@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 SAM = "transformers.models.sam.modeling_sam"
 
@@ -25,7 +28,7 @@ def register_on_import() -> None:
         sys.meta_path.insert(0, _SamFinder())
 
 
-class _SamFinder(MetaPathFinder):
+class _SamFinder:
     """Finds transformers' SAM as Python would, with a loader that registers afterwards."""
 
     def find_spec(
@@ -41,7 +44,7 @@ class _SamFinder(MetaPathFinder):
         return spec
 
 
-class _RegisteringLoader(Loader):
+class _RegisteringLoader:
     """Loads a module as its own loader does, then registers packed folders."""
 
     def __init__(self, own: Loader):

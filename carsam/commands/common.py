@@ -85,6 +85,15 @@ def errors_for_people() -> Iterator[None]:
         except CarsamError as error:
             _say("error", str(error))
             raise typer.Exit(1) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            # Of a file: the machine's answer (no permission, a full disk, a name too long), not a defect. Others are.
+            if error.filename is None:
+                raise
+            name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
+            _say("error", f"{name[:200]}: {error.strerror or error}.")
+            raise typer.Exit(1) from None
         except KeyboardInterrupt as interrupt:
             _say("error", message(interrupt) or "interrupted.")
             raise typer.Exit(getattr(interrupt, "code", 130)) from None

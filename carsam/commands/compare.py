@@ -69,6 +69,8 @@ def compare(
     if methods is not None:
         values["rows"] = [{"name": name, "method": name} for name in _split(methods)]
     if bits is not None:
+        if not _split(bits):
+            raise ConfigError(f"cannot read the bits {bits!r}; write them by commas, as w4a4,w6a6.")
         values["bits"] = _split(bits)
     if seeds is not None:
         if not _split(seeds) or not all(re.fullmatch("[0-9]{1,19}", seed) for seed in _split(seeds)):

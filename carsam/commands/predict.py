@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -198,7 +199,7 @@ def _check_flags(flags: bool, file: bool, everything: bool, multimask: bool, set
 
 def _check_place(folder: Path, inputs: list[str]) -> None:
     for text in inputs:
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if path.is_dir() and path.resolve() == folder.resolve():
             raise DataError(
                 f"the output folder {folder} is also the folder of images, where masks would be taken for images next "

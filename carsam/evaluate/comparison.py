@@ -112,8 +112,11 @@ class Comparison:
         if not rows:
             raise ConfigError("rows must hold at least one row with a name and a method.")
         published = _listed(Published, values.get("published", []), "published", ("name", "bits", "segm_ap", "source"))
-        values = {**values, "rows": rows, "published": published, "bits": tuple(values.get("bits", ("w4a4",)))}
-        values["seeds"] = tuple(values.get("seeds", (0,)))
+        values = {"bits": ("w4a4",), "seeds": (0,), **values, "rows": rows, "published": published}
+        for key in ("bits", "seeds"):
+            if not isinstance(values[key], (list, tuple)) or not values[key]:
+                raise ConfigError(f"{key} must be a list with at least one entry, not {values[key]!r}.")
+            values[key] = tuple(values[key])
         comparison = build(cls, values)
         for row in rows:
             create(row.method, row.settings)

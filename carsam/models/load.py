@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", normal
     normalisation = None if normalise is None else named_normalisation(normalise)
     target = resolve_device(device)  # first: no need to read gigabytes for a device that is not there
     name = source.as_posix() if isinstance(source, Path) else str(source)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name and path.is_dir():  # Path("") would be the current folder
         model = load_folder(path, name)
     elif path.is_file():

@@ -3,6 +3,7 @@ checksums; ``results.json`` when measured. Written beside its place and moved th
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,8 @@ def _not_packed(source: str | Path) -> Path:
     Returns:
         The folder, where a look into it says more.
     """
-    if Path(source).expanduser().is_dir():
-        folder = Path(source).expanduser()
+    if Path(os.path.expanduser(source)).is_dir():
+        folder = Path(os.path.expanduser(source))
         if (folder / CONFIG).is_file() and not is_packed(folder):
             read_config(folder)
             raise CheckpointError(

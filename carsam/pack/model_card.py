@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -207,7 +208,7 @@ def base_licence(source: str) -> str | None:
     from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    path = Path(source).expanduser() / CARD
+    path = Path(os.path.expanduser(source)) / CARD
     try:
         if not path.is_file() and _is_id(source):
             path = Path(hf_hub_download(source, CARD, local_files_only=True))

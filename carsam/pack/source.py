@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def packed_folder(source: str | Path, revision: str | None = None) -> Path | Non
     from carsam.models.load import is_hub_id
 
     name = source.as_posix() if isinstance(source, Path) else str(source)
-    path = Path(name).expanduser()
-    if name and path.exists():
+    # os.path: a name that is no possible path exists nowhere, which pathlib answers with an error.
+    path = Path(os.path.expanduser(name))
+    if name and os.path.exists(path):
         if not path.is_dir():
             return None
         # A packed folder whose config.json is gone or damaged must fail as one, not as a float model.

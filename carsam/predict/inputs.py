@@ -51,7 +51,7 @@ def find_photos(inputs: Iterable[str]) -> list[Photo]:
 
 
 def _expand(text: str) -> list[Photo]:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     # os.path answers False where pathlib raises: for names that are too long, or hold a NUL.
     if text and os.path.isdir(path):
         return [Photo(file) for file in list_images(path)]

@@ -17,6 +17,9 @@ from carsam.quantizers.simulation import keep_mask
 from carsam.reconstruct.losses import relative_loss
 from carsam.reconstruct.units import Unit, run_unit
 
+# Methods take up to 20,000; more than this is a slip that would run for years.
+MAX_STEPS = 10_000_000
+
 
 @dataclass(frozen=True)
 class ReconstructionSettings:
@@ -58,6 +61,8 @@ class ReconstructionSettings:
     def __post_init__(self):
         if self.steps < 0 or self.decoder_steps < 0 or self.images_per_step < 1:
             raise ConfigError("steps must not be negative, and a step needs at least one image.")
+        if max(self.steps, self.decoder_steps) > MAX_STEPS:
+            raise ConfigError(f"steps must be at most {MAX_STEPS}.")
         if not 0 <= self.drop < 1:
             raise ConfigError(f"the drop probability must lie in [0, 1), not {self.drop}.")
 

@@ -172,6 +172,6 @@ def test_unreadable_images_are_told(carsam_cli, nano_folder, calibration_folder,
         *("--set", "weight_observer=min-max", "--set", "activation_observer=min-max", "--out", tmp_path / "q"),
     )
     assert result.exit_code == 0, result.output
-    assert f"warning: calibration image skipped: cannot read the image {broken}" in result.stderr
+    assert f"warning: 1 calibration images skipped: cannot read the image {broken}" in result.stderr
     assert "skipped  1 calibration images" in result.stdout
     assert json.loads((tmp_path / "q" / "results.json").read_text())["quantization"]["skipped_images"] == 1

@@ -25,6 +25,7 @@ SHARED = {
     "--device": {"quantize", "evaluate", "predict", "compare", "diagnose"},
     "--json": {"quantize", "evaluate", "predict", "compare", "diagnose", "info"},
     "--quiet": {"quantize", "evaluate", "predict", "compare", "diagnose", "info"},
+    "--normalise": {"quantize", "evaluate", "predict", "compare", "diagnose"},
     "--seed": {"quantize"},
     "--seeds": {"compare"},
     "--restart": {"quantize", "evaluate"},
