@@ -87,7 +87,10 @@ def compare(
         from carsam.evaluate.comparison import Comparison
         from carsam.evaluate.comparison import compare as run
 
-        comparison = Comparison.from_dict(values)
+        try:
+            comparison = Comparison.from_dict(values)
+        except ConfigError as error:
+            raise error if recipe is None else ConfigError(f"with the recipe {recipe}: {error}") from None
         rows = _Rows(reporter, output, len(comparison.rows) * len(comparison.bits) * len(comparison.seeds))
         result = run(comparison, out_folder, device=device, note=rows.note, progress=reporter.run)
     table = result.to_markdown()

@@ -172,10 +172,13 @@ def quantize_config(
         **values["calibration"],
         **{key: value for key, value in calibration.items() if value is not None},
     }
-    config = QuantizeConfig.from_dict(values)
-    # Now, and not after minutes of loading and reading: every mistake in settings and bits.
-    create(config.method, config.settings)
-    config.bit_plan()
+    try:
+        config = QuantizeConfig.from_dict(values)
+        # Now, and not after minutes of loading and reading: every mistake in settings and bits.
+        create(config.method, config.settings)
+        config.bit_plan()
+    except ConfigError as error:
+        raise error if recipe is None else ConfigError(f"with the recipe {recipe}: {error}") from None
     return config
 
 
@@ -185,7 +188,7 @@ def require_places(config: QuantizeConfig, recipe: Path) -> None:
     Raises:
         ConfigError: The images or their COCO file are not here.
     """
-    for place, flag in ((config.calibration.images, "--data"), (config.calibration.coco, "--coco")):
+    for place, flag in ((config.calibration.images, "--data"), (config.calibration.coco, "--data-coco")):
         if place and not Path(place).exists():
             raise ConfigError(
                 f"the recipe {recipe} was made with calibration data named {place!r}, which is not here; name it with "

@@ -10,12 +10,14 @@ from carsam.report.order import mapping
 from carsam.report.source import Source
 
 FLOAT, IMAGES, FILE, DATA, DATA_FILE = "FLOAT", "IMAGES", "INSTANCES.json", "CALIBRATION_IMAGES", "CALIBRATION.json"
+DETECTIONS = "DETECTIONS.json"
 PLACEHOLDERS = {
     FLOAT: "the float model: a Hub id, a folder or a .pth file",
     DATA: "the folder of the calibration images",
     DATA_FILE: "their COCO file",
     IMAGES: "the folder of the images to evaluate",
     FILE: "their COCO file",
+    DETECTIONS: "the COCO detection results whose boxes are the prompts",
     "FLOAT.json": "the scores of the float model, which the command before it writes",
 }
 
@@ -26,10 +28,18 @@ def quoted(text: str) -> str:
 
 
 def stored(value: Any, placeholder: str) -> str:
-    """A path as the folder notes it, quoted; the placeholder where there is none, or only a place on one machine."""
+    """A path as the folder notes it, quoted; the placeholder where there is none that means the same elsewhere.
+
+    An absolute path is a place on one machine, and a bare name is what is kept of such a place.
+    """
     if not isinstance(value, str) or not value or not value.isprintable() or value.endswith("…"):
         return placeholder
-    if PurePath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("~"):
+    if (
+        "/" not in value
+        or PurePath(value).is_absolute()
+        or PureWindowsPath(value).is_absolute()
+        or value.startswith("~")
+    ):
         return placeholder
     return quoted(value)
 
@@ -60,7 +70,7 @@ def evaluate_command(source: Source, model: str | None = None) -> str:
     command = f"carsam evaluate {model or quoted(source.name)} --coco {stored(data.get('coco'), FILE)}"
     command += f" --images {stored(data.get('images'), IMAGES)}"
     if data.get("boxes"):
-        command += f" --detections {stored(data['boxes'], 'DETECTIONS.json')}"
+        command += f" --detections {stored(data['boxes'], DETECTIONS)}"
     limit = data.get("limit")
     if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
         command += f" --limit {limit}"

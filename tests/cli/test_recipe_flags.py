@@ -1,8 +1,10 @@
 """Flags and recipes become a configuration."""
 
+import pytest
 import yaml
 
 from carsam.commands.recipe import parse_assignments, parse_overrides, quantize_config
+from carsam.errors import ConfigError
 
 
 def test_defaults():
@@ -61,3 +63,13 @@ def test_another_method_leaves_the_recipes_settings(tmp_path):
     recipe.write_text("method: car-sam\nsettings: {granularity: block}\nbits: w6a6\n")
     config = quantize_config(recipe=recipe, method="rtn")
     assert (config.method, config.settings, config.bits) == ("rtn", {}, "w6a6")
+
+
+def test_a_wrong_setting_is_told_with_the_recipe(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("settings: {granularity: pear}\n")
+    with pytest.raises(ConfigError, match=r"with the recipe .*mine\.yaml: unknown granularity 'pear'"):
+        quantize_config(recipe=recipe)
+    recipe.write_text("bits: w4\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: cannot read the bits 'w4'"):
+        quantize_config(recipe=recipe)

@@ -24,7 +24,7 @@ def test_report_of_a_packed_folder(folder, carsam_cli, tmp_path):
     assert "car-sam" in html and "W4A4" in html
     # The units of the quantization are there, the diagnosis is not.
     assert 'id="loss-14-title"' in html
-    assert "carsam diagnose sam-nano-256 packed --images IMAGES --coco INSTANCES.json" in html
+    assert "carsam diagnose FLOAT packed --images IMAGES --coco INSTANCES.json" in html
     assert f"{folder / 'report.html'}  0." in result.stdout
     assert "not known: Accuracy, Example images, Attention" in result.stderr
     carsam.load(folder)  # the report is not part of the checksums

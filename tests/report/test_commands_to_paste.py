@@ -50,7 +50,7 @@ def test_names_are_quoted(full_folder, tmp_path):
 
 def test_stored():
     assert stored("a/b.json", "FILE") == "a/b.json"
-    assert stored("a b", "FILE") == "'a b'"
-    for value in (None, "", 3, "/a", "~/a", "C:\\a", "a\nb", "x" * 999 + "…"):
+    assert stored("a/b c", "FILE") == "'a/b c'"
+    for value in (None, "", "instances.json", 3, "/a", "~/a", "C:\\a", "a\nb", "x" * 999 + "…"):
         assert stored(value, "FILE") == "FILE"
     assert quoted("-x") == "./-x"
