@@ -137,6 +137,7 @@ class QuantizeConfig:
         bits: Default bits, as ``w4a4``.
         overrides: Bits by site pattern.
         calibration: The data.
+        normalise: ``imagenet``, ``unit`` or ``min-max`` instead of the model's own normalisation of pixels.
     """
 
     method: str = "car-sam"
@@ -144,6 +145,7 @@ class QuantizeConfig:
     bits: str = "w4a4"
     overrides: dict[str, str] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    normalise: str | None = None
 
     def bit_plan(self) -> BitPlan:
         """The parsed bits."""

@@ -95,7 +95,6 @@ def quantize(
     unit_cache: str | Path | None = None,
     cache_gigabytes: float = 6.0,
     progress: Progress | bool | None = None,
-    normalise: str | None = None,
 ) -> QuantizeResult:
     """Quantizes a SAM.
 
@@ -117,8 +116,6 @@ def quantize(
         progress: True shows a bar on a terminal or in a notebook, and lines elsewhere. Or what is called as
             ``progress(unit_index, n_units, unit_name, step, n_steps)``; where it has a method
             ``stage(name, done, total)``, that is told of the stages: see :class:`carsam.run.progress.StageProgress`.
-        normalise: ``imagenet``, ``unit`` (pixels on 0..1) or ``min-max`` (each image stretched to 0..1) instead of the
-            model's own normalisation; the packed folder keeps it.
 
     Returns:
         The packed model and the reports. With ``out``, the model is the one loaded back from there.
@@ -131,7 +128,7 @@ def quantize(
     config = config or QuantizeConfig()
     if resume and restart:
         raise ConfigError("resume and restart exclude each other; choose one.")
-    normalisation = None if normalise is None else named_normalisation(normalise)
+    normalisation = None if config.normalise is None else named_normalisation(config.normalise)
     run = _Run(config, create(config.method, config.settings), config.bit_plan(), resolve_device(device))
     if not isinstance(images, CalibrationSet):
         config = run.config = replace(config, calibration=replace(config.calibration, images=str(images)))
@@ -150,7 +147,8 @@ def quantize(
             stack.enter_context(output)
             partial = Partial(output.partial, output.target)
             if output.target.exists() and not overwrite and not restart:
-                done = _finished(output, run, partial, write_results, started)
+                name = "" if isinstance(model, SamModel) else str(model)
+                done = _finished(output, run, name, partial, write_results, started)
                 if done is not None:
                     return done
                 output.overwrite = True  # it is this run's own, without its results
@@ -211,19 +209,19 @@ def quantize(
 
 
 def _finished(
-    output: Output, run: _Run, partial: Partial, write_results: bool, started: float
+    output: Output, run: _Run, model: str, partial: Partial, write_results: bool, started: float
 ) -> QuantizeResult | None:
     """The result of a run that was killed after its folder had been moved into place; None if it must be written again.
 
     Raises:
         CarsamError: The folder that is there has other settings.
     """
-    if differing := differing_settings(output.target, run.config, run.method):
+    if differing := differing_settings(output.target, run.config, run.method, model):
         raise CarsamError(
-            f"{output.path} exists already and is finished, with another setting ({', '.join(differing)}); choose "
+            f"{output.path} exists already and is finished, with something else ({', '.join(differing)}); choose "
             "another folder or allow overwriting (--overwrite)."
         )
-    model = load(output.target, device=run.device)
+    packed = load(output.target, device=run.device)
     noted = read_quantization(output.target)
     if noted is None and write_results and partial.is_ours() and partial.units():
         return None
@@ -232,7 +230,7 @@ def _finished(
     noted = noted or {}
     skipped, seconds = noted.get("skipped_images"), time.perf_counter() - started
     return QuantizeResult(
-        model,
+        packed,
         read_recipe(output.target),
         finished_report(noted),
         seconds,

@@ -179,6 +179,7 @@ def quantize(
             boxes_per_image=boxes_per_image,
             box_source=box_source,
             seed=seed,
+            normalise=normalise,
         )
         if not config.calibration.images:
             raise ConfigError("calibration images are missing; name their folder with --data.")
@@ -193,7 +194,6 @@ def quantize(
                 config,
                 out=out,
                 device=device,
-                normalise=normalise,
                 resume=resume,
                 restart=restart,
                 overwrite=overwrite,

@@ -132,6 +132,7 @@ def quantize_config(
     no_mac: bool = False,
     no_jcar: bool = False,
     granularity: str | None = None,
+    normalise: str | None = None,
     **calibration: Any,
 ) -> QuantizeConfig:
     """The configuration of a quantization: defaults, over them the recipe, over it the flags that were given.
@@ -142,12 +143,14 @@ def quantize_config(
         overrides: ``PATTERN=BITS`` texts.
         settings: ``key=value`` texts, which win over the flags that follow here.
         steps, no_mac, no_jcar, granularity: Flags for single method settings.
+        normalise: Given flag, None where not given.
         **calibration: Fields of ``CalibrationConfig``, None where not given.
 
     Raises:
         ConfigError: Anything unknown or out of range.
     """
     from carsam.config import QuantizeConfig
+    from carsam.data.normalisation import named_normalisation
     from carsam.methods.base import create
 
     values: dict[str, Any] = _read_with_places(recipe) if recipe is not None else {}
@@ -161,6 +164,8 @@ def quantize_config(
         values["method"] = method
     if bits is not None:
         values["bits"] = bits
+    if normalise is not None:
+        values["normalise"] = normalise
     flags = shortcut_settings(
         values.get("method", default), steps=steps, no_mac=no_mac, no_jcar=no_jcar, granularity=granularity
     )
@@ -177,6 +182,8 @@ def quantize_config(
         # Now, and not after minutes of loading and reading: every mistake in settings and bits.
         create(config.method, config.settings)
         config.bit_plan()
+        if config.normalise is not None:
+            named_normalisation(config.normalise)
     except ConfigError as error:
         raise error if recipe is None else ConfigError(f"with the recipe {recipe}: {error}") from None
     return config

@@ -13,6 +13,7 @@ from typing import Any
 from carsam.errors import CarsamError
 from carsam.files import write_text
 from carsam.pack.folder import CARD, portable
+from carsam.pack.stand_in import is_stand_in
 from carsam.reading import read_text
 
 # What stands between these is written again when the model is measured; the rest of the card is the user's.
@@ -194,7 +195,7 @@ def command(recipe: Mapping[str, Any], packing: Mapping[str, Any], out: str) -> 
     words += ["--method", packing["method"], "--bits", packing["bits"]]
     words += ["--data", str(calibration.get("images") or "IMAGES")]
     if calibration.get("coco"):
-        words += ["--coco", str(calibration["coco"])]
+        words += ["--data-coco", str(calibration["coco"])]
     words += ["--out", out]
     return " ".join(shlex.quote(" ".join(word.split())) for word in words)
 
@@ -217,14 +218,6 @@ def base_licence(source: str) -> str | None:
         return LICENCES.get(source)
     licence = data.license_name or data.license if data.license == "other" else data.license
     return licence if isinstance(licence, str) and len(licence) < 80 else LICENCES.get(source)
-
-
-def is_stand_in(config: Mapping[str, Any], base: str) -> bool:
-    """Whether the base is the embedded model, by its encoder (which a renamed copy shares) or its name."""
-    vision = config.get("vision_config")
-    encoder = {"hidden_size": 192, "num_hidden_layers": 8, "num_attention_heads": 3, "image_size": 256}
-    same = isinstance(vision, Mapping) and all(vision.get(key) == value for key, value in encoder.items())
-    return same or "sam-nano" in base
 
 
 def _is_id(text: str) -> bool:

@@ -19,7 +19,6 @@ from carsam.report.sections import all_sections
 from carsam.report.sections.accuracy import DIAGNOSIS, comparable, has_truth, scores
 from carsam.report.sections.base import UNKNOWN, Section
 from carsam.report.source import Source, read_source
-from carsam.report.stand_in import is_stand_in
 
 # So that it can be sent by mail and opened on a phone.
 MAX_BYTES = 5_000_000
@@ -87,7 +86,7 @@ def summary(source: Source, sections: list[Section]) -> dict[str, Any]:
         "model": model.rpartition("/")[2] or source.folder.resolve().name,
         "method": str(source.quantization_config.get("method") or "an unknown method"),
         "bits": str(source.quantization_config.get("bits") or "").upper(),
-        "stand_in": is_stand_in(source),
+        "stand_in": source.is_stand_in,
         "few_objects": few_objects(source),
         "interval": _interval(source),
         "version": source.quantization_config.get("carsam_version"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from carsam.errors import CheckpointError, DataError
+from carsam.pack.stand_in import is_stand_in
 from carsam.reading import cleaned, parse_yaml, read_json, read_text
 from carsam.report.limits import check_amounts, shortened
 from carsam.report.order import Site, layout_sites, mapping
@@ -77,6 +78,11 @@ class Source:
     def quantization_config(self) -> dict[str, Any]:
         """Method, bits and version."""
         return mapping(self.config.get("quantization_config"))
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether it was made from the embedded stand-in."""
+        return is_stand_in(self.config, str(self.recipe.get("model") or ""))
 
     @property
     def pictures(self) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from carsam.config import QuantizeConfig
@@ -16,8 +16,14 @@ RESULTS, _RECIPE = "results.json", "recipe.yaml"
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError)
 
 
-def differing_settings(folder: Path, config: QuantizeConfig, method: Method) -> list[str]:
-    """Names of the settings in which a packed folder's recipe differs from a run's."""
+def differing_settings(folder: Path, config: QuantizeConfig, method: Method, model: str = "") -> list[str]:
+    """Names of the settings in which a packed folder's recipe differs from a run's.
+
+    Args:
+        folder: The packed folder.
+        config, method: Of the run.
+        model: What the run quantizes; empty for a model in memory, which has no name to compare.
+    """
     recipe = read_recipe(folder)
     calibration = recipe.get("calibration")
     calibration = calibration if isinstance(calibration, dict) else {}
@@ -26,15 +32,22 @@ def differing_settings(folder: Path, config: QuantizeConfig, method: Method) -> 
         "bits": config.bits,
         "bits for sites": config.overrides,
         "settings": method.to_dict(),
+        "normalise": config.normalise,
     }
     there = {
         "method": recipe.get("method"),
         "bits": recipe.get("bits"),
         "bits for sites": recipe.get("overrides"),
         "settings": recipe.get("settings"),
+        "normalise": recipe.get("normalise"),
     }
     for name in ("n_images", "boxes_per_image", "box_source", "seed"):
         here[name], there[name] = getattr(config.calibration, name), calibration.get(name)
+    # Recipes hold no places of a machine, so only the last part of a path can be compared.
+    here |= {"images": _last(config.calibration.images), "COCO file": _last(config.calibration.coco)}
+    there |= {"images": _last(calibration.get("images")), "COCO file": _last(calibration.get("coco"))}
+    if model and recipe.get("model"):
+        here["model"], there["model"] = _last(model), _last(recipe["model"])
     return [name for name in here if _plain(here[name]) != _plain(there[name])]
 
 
@@ -67,6 +80,11 @@ def finished_report(quantization: dict[str, Any]) -> WalkReport:
         )
     except _DAMAGE:
         return WalkReport()
+
+
+def _last(path: Any) -> str:
+    """The last part of a path, on whichever system it was written; empty for none."""
+    return PureWindowsPath(str(path or "")).name
 
 
 def _plain(value: Any) -> Any:

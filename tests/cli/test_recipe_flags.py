@@ -73,3 +73,13 @@ def test_a_wrong_setting_is_told_with_the_recipe(tmp_path):
     recipe.write_text("bits: w4\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml: cannot read the bits 'w4'"):
         quantize_config(recipe=recipe)
+
+
+def test_a_recipe_keeps_the_normalisation(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: rtn\nnormalise: unit\n")
+    assert quantize_config(recipe=recipe).normalise == "unit"
+    assert quantize_config(recipe=recipe, normalise="min-max").to_dict()["normalise"] == "min-max"
+    recipe.write_text("normalise: median\n")
+    with pytest.raises(ConfigError, match="median"):
+        quantize_config(recipe=recipe)

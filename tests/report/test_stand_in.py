@@ -8,7 +8,6 @@ from test_page import words
 
 from carsam.report.page import render
 from carsam.report.source import read_source
-from carsam.report.stand_in import is_stand_in
 
 NOTICE = "This is not Meta’s SAM but a small model"
 
@@ -24,7 +23,7 @@ def test_the_embedded_model_is_one(packed_folder):
 def test_told_by_its_name(model, bare_folder, tmp_path):
     folder = shutil.copytree(bare_folder, tmp_path / "packed")
     (folder / "recipe.yaml").write_text(f"model: {model}\n")
-    assert is_stand_in(read_source(folder))
+    assert read_source(folder).is_stand_in
 
 
 @pytest.mark.parametrize("encoder", [{"hidden_size": 768, "image_size": 1024}, {}, None, [], {"hidden_size": 192}])
@@ -32,5 +31,5 @@ def test_others_are_none(encoder, bare_folder, tmp_path):
     folder = shutil.copytree(bare_folder, tmp_path / "packed")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vision_config": encoder}))
-    assert not is_stand_in(read_source(folder))
+    assert not read_source(folder).is_stand_in
     assert NOTICE not in words(render(read_source(folder)).html)

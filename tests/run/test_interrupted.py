@@ -106,8 +106,11 @@ def test_kept_units_are_shown_and_damaged_ones_computed_again(out, nano_folder, 
 def test_a_whole_folder_needs_nothing_more(out, packed_folder, nano_folder, quick_config):
     """A run that was killed after the move is finished by --resume; another run's folder is not taken for it."""
     shutil.copytree(packed_folder, out)
-    with pytest.raises(CarsamError, match=r"another setting \(bits\)"):
+    with pytest.raises(CarsamError, match=r"something else \(bits\)"):
         quantize(nano_folder, replace(quick_config, bits="w6a6"), out=out, resume=True)
+    other = shutil.copytree(nano_folder, out.parent.parent / "other-model")
+    with pytest.raises(CarsamError, match=r"something else \(model\)"):
+        quantize(other, quick_config, out=out, resume=True)
     quantize(nano_folder, quick_config, out=out, resume=True)
     assert weights(out) == weights(packed_folder)
     assert [path.name for path in out.parent.iterdir()] == ["m"]

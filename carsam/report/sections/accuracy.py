@@ -12,7 +12,6 @@ from carsam.report.commands import evaluate_command, float_model, report_command
 from carsam.report.order import entries, mapping, numbers_of
 from carsam.report.sections.base import Section, percent
 from carsam.report.source import Source
-from carsam.report.stand_in import is_stand_in
 
 _SCORES = (
     *(("mean_iou", "Mean IoU"), ("segm_ap", "Segm AP"), ("segm_ap50", "Segm AP50"), ("segm_ap75", "Segm AP75")),
@@ -93,7 +92,7 @@ def section(source: Source) -> Section:
             report_command(source, float_scores=True),
         ],
         "data": PurePath(str(source.evaluation.get("coco") or "")).name,
-        "stand_in": is_stand_in(source),
+        "stand_in": source.is_stand_in,
         "changes": find_changes(source.evaluation, floating),
         "moved": [row for row in rows if row["change"] is not None and row["key"] in ("segm_ap", "box_ap")],
         "few": few_objects(source),
