@@ -16,7 +16,6 @@ import itertools
 import logging
 import os
 import shutil
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,10 @@ from carsam.config import CalibrationConfig, QuantizeConfig, build
 from carsam.data.calibration import CalibrationSet, calibration_set
 from carsam.errors import CarsamError, ConfigError
 from carsam.evaluate.coco_metrics import evaluate_coco
+from carsam.evaluate.comparison_table import FLOAT, METRICS, ComparisonResult, Measurement, Published
 from carsam.evaluate.ground_truth import GroundTruth
+from carsam.evaluate.intervals import averaged, difference_interval
+from carsam.evaluate.scores import few_objects_note
 from carsam.files import write_json, write_text
 from carsam.methods.base import create
 from carsam.models.load import load_model
@@ -37,9 +39,6 @@ from carsam.pipeline import quantize
 from carsam.reading import read_json
 from carsam.reconstruct.store import code_fingerprint, config_fingerprint, fingerprint, model_fingerprint, versions
 from carsam.reconstruct.walk import Progress
-
-METRICS = ("segm_ap", "box_ap", "mean_iou")
-FLOAT = "float"
 
 logger = logging.getLogger(__name__)
 
@@ -52,25 +51,6 @@ class Row:
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Published:
-    """A number from a paper, for a table of its own: other weights, data and code than those measured here.
-
-    Attributes:
-        name: As the row's.
-        bits: ``w4a4``, or ``float``.
-        segm_ap: COCO AP of the masks, in percent.
-        source: The paper.
-        model: What it was measured on.
-    """
-
-    name: str
-    bits: str
-    segm_ap: float
-    source: str
-    model: str = "SAM-B"
 
 
 @dataclass(frozen=True)
@@ -140,87 +120,6 @@ def _listed(kind: type, entries: Any, where: str, needed: tuple[str, ...]) -> tu
     return tuple(build(kind, entry, f"{where}.") for entry in entries)
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One packed model measured.
-
-    Attributes:
-        row, bits, seed: What it is.
-        scores: By name, in percent.
-        bytes: Of the weights file.
-        seconds: Of calibration and reconstruction, also where units came from the cache.
-        peak_memory: In bytes.
-        notes: What sets the method's grids apart from a uniform one per tensor.
-    """
-
-    row: str
-    bits: str
-    seed: int
-    scores: dict[str, float]
-    bytes: int
-    seconds: float
-    peak_memory: int
-    notes: str = ""
-
-
-@dataclass(frozen=True)
-class ComparisonResult:
-    """All measurements of a comparison, the float model first, and what papers say."""
-
-    floating: dict[str, float]
-    measurements: tuple[Measurement, ...]
-    published: tuple[Published, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mappings, for JSON."""
-        return {
-            "float": self.floating,
-            "measurements": [asdict(m) for m in self.measurements],
-            "published": [asdict(p) for p in self.published],
-        }
-
-    def groups(self) -> dict[tuple[str, str], list[Measurement]]:
-        """Measurements by (bits, row), over seeds, in order."""
-        groups: dict[tuple[str, str], list[Measurement]] = {}
-        for m in self.measurements:
-            groups.setdefault((m.bits, m.row), []).append(m)
-        return groups
-
-    def to_markdown(self) -> str:
-        """A table: mean ± spread (half the range) over seeds; published numbers in tables of their own below."""
-        rows = [["bits", "row", "segm AP", "box AP", "mean IoU", "file", "calibration", "notes"]]
-        floating = [f"{self.floating[key]:.1f}" for key in METRICS]
-        rows.append([FLOAT, "", *floating, f"{self.floating['bytes'] / 1e6:.1f} MB", "", ""])
-        for (bits, row), group in self.groups().items():
-            scores = [mean_and_spread([m.scores[key] for m in group]) for key in METRICS]
-            seconds = statistics.median(m.seconds for m in group)
-            size = f"{group[0].bytes / 1e6:.1f} MB"
-            rows.append([bits.upper(), row, *scores, size, f"{seconds:.0f} s", group[0].notes])
-        if not any(m.notes for m in self.measurements):
-            rows = [row[:-1] for row in rows]
-        tables = [_table(rows)]
-        for model in dict.fromkeys(p.model for p in self.published):
-            rows = [["bits", "row", "segm AP", "source"]]
-            for p in self.published:
-                if p.model == model:
-                    bits, name = (FLOAT, "") if p.bits == FLOAT else (p.bits.upper(), p.name)
-                    rows.append([bits, name, f"{p.segm_ap:.1f}", p.source])
-            tables += [f"published, {model}", _table(rows)]
-        return "\n\n".join(tables)
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Markdown of some rows, the first of which is the head."""
-    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-def mean_and_spread(values: list[float]) -> str:
-    """``12.3 ± 0.4``: mean and half the range; the mean alone for a single value."""
-    mean = statistics.fmean(values)
-    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {(max(values) - min(values)) / 2:.1f}"
-
-
 def compare(
     comparison: Comparison,
     folder: Path,
@@ -256,6 +155,7 @@ def compare(
     note(f"{FLOAT}: {_scores(floating)}")
 
     measurements = []
+    scored: dict[tuple[str, str], list[Any]] = {}
     for seed in comparison.seeds:
         calibration = replace(comparison.calibration, seed=seed)
         # Boxes of the model's own masks are found once a seed, and only where something is left to measure.
@@ -268,6 +168,7 @@ def compare(
             measure = functools.partial(_measure, comparison, config, model, data, folder, key, device, progress)
             found = _cached(folder, key, measure)
             note(f"{bits} {row.name}, seed {seed}: {_scores(found)}")
+            scored.setdefault((bits, row.name), []).append(found["per_image"])
             spent = found["quantization"]
             measurements.append(
                 Measurement(
@@ -283,7 +184,19 @@ def compare(
             )
     order = {(bits, row.name): i for i, (bits, row) in enumerate(itertools.product(comparison.bits, comparison.rows))}
     measurements.sort(key=lambda m: (order[m.bits, m.row], m.seed))
-    result = ComparisonResult(floating, tuple(measurements), comparison.published)
+    differences = {
+        key: difference
+        for key, results in scored.items()
+        if (difference := difference_interval(averaged(results), floating["per_image"])) is not None
+    }
+    note_on_ap = few_objects_note(floating["n_objects"])
+    result = ComparisonResult(
+        {name: floating[name] for name in (*METRICS, "bytes")},
+        tuple(measurements),
+        comparison.published,
+        differences,
+        (note_on_ap,) if note_on_ap else (),
+    )
     write_json(folder / "result.json", result.to_dict())
     write_text(folder / "table.md", result.to_markdown() + "\n")
     return result
@@ -324,9 +237,10 @@ def _measure(
     return {**scores, "bytes": size, "quantization": result.to_dict()}
 
 
-def _metrics(model: SamModel, comparison: Comparison, device: str) -> dict[str, float]:
+def _metrics(model: SamModel, comparison: Comparison, device: str) -> dict[str, Any]:
     scores = evaluate_coco(model, comparison.coco, comparison.images, device=device)
-    return {name: getattr(scores, name) for name in METRICS}
+    per_image = [{"name": image.name, "ious": list(image.ious)} for image in scores.per_image]
+    return {**{name: getattr(scores, name) for name in METRICS}, "per_image": per_image, "n_objects": scores.n_objects}
 
 
 def _measure_float(model: SamModel, comparison: Comparison, device: str) -> dict[str, Any]:

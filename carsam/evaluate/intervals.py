@@ -118,6 +118,23 @@ def difference_interval(
     return Difference(float(total / count), low, high, len(names), int(count))
 
 
+def averaged(results: Sequence[Iterable[Scored | Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The mean of several results on the same prompts, prompt by prompt: of a method over seeds.
+
+    Args:
+        results: ``per_image`` of each.
+
+    Raises:
+        DataError: An entry is no image score, or two results are not on the same prompts.
+    """
+    first, *others = [_by_name(scores) for scores in results]
+    for other in others:
+        if {name: len(ious) for name, ious in other.items()} != {name: len(ious) for name, ious in first.items()}:
+            raise DataError("the results to average were measured on different prompts; evaluate them again.")
+    means = {name: np.mean([ious, *(other[name] for other in others)], axis=0) for name, ious in first.items()}
+    return [{"name": name, "ious": ious.tolist()} for (name, _), ious in means.items()]
+
+
 def _totals(groups: Sequence[np.ndarray]) -> np.ndarray:
     """Sum and number of each image's values, ``(images, 2)``."""
     return np.array([(group.sum(), len(group)) for group in groups], dtype=np.float64).reshape(-1, 2)

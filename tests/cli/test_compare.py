@@ -9,6 +9,7 @@ def test_compare_prints_and_writes_the_table(carsam_cli, nano_folder, calibratio
     result = carsam_cli("compare", "--model", nano_folder, *data, *on, *flags)
     assert result.exit_code == 0, result.output
     assert "| W8A8 | rtn |" in result.output and "| W8A8 | rtn |" in table.read_text()
+    assert "to float (95 %)" in table.read_text() and "it is noisy, so compare mean IoU" in table.read_text()
     assert table.read_text() == (tmp_path / "work" / "table.md").read_text()
 
 

@@ -14,11 +14,8 @@ from carsam.errors import ConfigError
 from carsam.evaluate import comparison as module
 from carsam.evaluate.comparison import (
     Comparison,
-    ComparisonResult,
-    Measurement,
     Published,
     compare,
-    mean_and_spread,
 )
 from carsam.methods.rtn import Rtn
 
@@ -93,51 +90,9 @@ def test_mistakes_are_found_before_anything_runs(recipe, change, message):
         Comparison.from_dict(recipe)
 
 
-def test_the_table_gives_mean_and_half_the_range():
-    assert mean_and_spread([1.0]) == "1.0" and mean_and_spread([1.0, 2.0, 4.0]) == "2.3 ± 1.5"
-    scores = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0}
-    rows = tuple(
-        Measurement("rtn", "w4a4", seed, {**scores, "mean_iou": 30.0 + seed}, 6_000_000, 5.0, 1) for seed in (0, 1)
-    )
-    table = ComparisonResult({**scores, "bytes": 17_000_000}, rows).to_markdown().splitlines()
-    assert table[2] == "| float | | 10.0 | 20.0 | 30.0 | 17.0 MB | |"
-    assert table[3] == "| W4A4 | rtn | 10.0 ± 0.0 | 20.0 ± 0.0 | 30.5 ± 0.5 | 6.0 MB | 5 s |"
-    assert len(table) == 4 and "notes" not in table[0]
-
-
-def test_notes_and_published_numbers_stand_beside_the_measured_ones():
-    scores = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0}
-    noted = Measurement("b", "w4a4", 0, scores, 6_000_000, 5.0, 1, notes="log2 softmax codes")
-    plain = Measurement("a", "w4a4", 0, scores, 6_000_000, 5.0, 1)
-    published = (Published("", "float", 55.8, "a paper"), Published("x", "w4a4", 39.3, "a paper"))
-    published += (Published("x", "w4a4", 48.5, "a paper", model="SAM-L"),)
-    result = ComparisonResult({**scores, "bytes": 17_000_000}, (plain, noted), published)
-    assert result.to_markdown().splitlines() == [
-        "| bits | row | segm AP | box AP | mean IoU | file | calibration | notes |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| float | | 10.0 | 20.0 | 30.0 | 17.0 MB | | |",
-        "| W4A4 | a | 10.0 | 20.0 | 30.0 | 6.0 MB | 5 s | |",
-        "| W4A4 | b | 10.0 | 20.0 | 30.0 | 6.0 MB | 5 s | log2 softmax codes |",
-        "",
-        "published, SAM-B",
-        "",
-        "| bits | row | segm AP | source |",
-        "| --- | --- | --- | --- |",
-        "| float | | 55.8 | a paper |",
-        "| W4A4 | x | 39.3 | a paper |",
-        "",
-        "published, SAM-L",
-        "",
-        "| bits | row | segm AP | source |",
-        "| --- | --- | --- | --- |",
-        "| W4A4 | x | 48.5 | a paper |",
-    ]
-    assert json.loads(json.dumps(result.to_dict()))["published"][1]["segm_ap"] == 39.3
-
-
 def test_notes_come_from_the_method_and_published_numbers_from_the_recipe(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(Rtn, "notes", "nearest", raising=False)
-    found = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0, "bytes": 1}
+    found = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0, "bytes": 1, "per_image": [], "n_objects": 1}
     found["quantization"] = {"units": [], "seconds": 1.0, "peak_memory_bytes": 1}
     monkeypatch.setattr(module, "_cached", lambda *_: found)
     result = compare(Comparison.from_dict({**recipe, "published": [PUBLISHED]}), tmp_path)
@@ -149,7 +104,7 @@ def test_notes_come_from_the_method_and_published_numbers_from_the_recipe(recipe
 
 def test_two_methods_with_equal_settings_are_two_measurements(recipe, tmp_path, monkeypatch):
     keys = []
-    found = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0, "bytes": 1}
+    found = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0, "bytes": 1, "per_image": [], "n_objects": 1}
     found["quantization"] = {"units": [], "seconds": 1.0, "peak_memory_bytes": 1}
     monkeypatch.setattr(module, "_cached", lambda _folder, key, _compute: keys.append(key) or found)
 
@@ -165,7 +120,7 @@ def test_a_failed_measurement_leaves_nothing_behind(recipe, tmp_path, monkeypatc
         raise RuntimeError("broken")
 
     comparison = Comparison.from_dict({**recipe, "rows": recipe["rows"][:1]})
-    floating = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0, "bytes": 1}
+    floating = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0, "bytes": 1, "per_image": [], "n_objects": 1}
     monkeypatch.setattr(module, "_measure_float", lambda *_: floating)
     monkeypatch.setattr(module, "_metrics", broken)
     with pytest.raises(RuntimeError, match="broken"):

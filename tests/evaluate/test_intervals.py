@@ -8,7 +8,7 @@ import pytest
 
 from carsam.errors import DataError
 from carsam.evaluate import intervals
-from carsam.evaluate.intervals import difference_interval, interval_of_means, mean_interval
+from carsam.evaluate.intervals import averaged, difference_interval, interval_of_means, mean_interval
 from carsam.evaluate.scores import ImageScore
 
 
@@ -98,3 +98,15 @@ def test_memory_is_bounded():
     mean_interval(np.ones((5000, 1)))
     assert tracemalloc.get_traced_memory()[1] < 200e6
     tracemalloc.stop()
+
+
+def test_averaged_is_the_mean_prompt_by_prompt():
+    a = [{"name": "x", "ious": [10.0, 20.0]}, {"name": "y", "ious": []}, {"name": "x", "ious": [1.0]}]
+    b = [{"name": "x", "ious": [30.0, 20.0]}, {"name": "y", "ious": []}, {"name": "x", "ious": [3.0]}]
+    assert averaged([a, b]) == [
+        {"name": "x", "ious": [20.0, 20.0]},
+        {"name": "y", "ious": []},
+        {"name": "x", "ious": [2.0]},
+    ]
+    with pytest.raises(DataError, match="different prompts"):
+        averaged([a, b[:2]])
