@@ -37,7 +37,8 @@ class Bits:
         Raises:
             ConfigError: The text is not of that form, or the bits are not supported.
         """
-        match = re.fullmatch(r"w([0-9]{1,9})a([0-9]{1,9})", text.strip().lower())
+        text = text.strip() if isinstance(text, str) else text
+        match = re.fullmatch(r"w([0-9]{1,9})a([0-9]{1,9})", text.lower()) if isinstance(text, str) else None
         if match is None:
             raise ConfigError(
                 f"cannot read the bits {text!r}; write weights and activations as w4a4, w6a6, w8a8, w4a8."
@@ -198,8 +199,11 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         kind = get_origin(choice) or choice
         if kind is float and type(value) is int:
             return float(value)
-        if kind is tuple and isinstance(value, list):
-            return tuple(value)
+        if kind is tuple and isinstance(value, (list, tuple)):
+            inner = get_args(choice)
+            if len(inner) != 2 or inner[1] is not Ellipsis:
+                return tuple(value)
+            return tuple(_typed(item, inner[0], f"{where}[{index}]") for index, item in enumerate(value))
         # A bool is an int to Python, but "steps: yes" is a slip.
         if kind is Any or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
             if kind is float and not math.isfinite(value):

@@ -92,7 +92,7 @@ def shortcut_settings(
     from carsam.transform.mac import OFF
 
     methods = registry()
-    if method not in methods:
+    if not isinstance(method, str) or method not in methods:
         raise ConfigError(f"unknown method {method!r}; choose from {', '.join(methods)}.")
 
     def require(setting: str, flag: str) -> None:

@@ -134,7 +134,7 @@ def create(name: str, settings: dict[str, Any] | None = None) -> Method:
         ConfigError: No such method or setting, with the choices.
     """
     methods = registry()
-    if name not in methods:
+    if not isinstance(name, str) or name not in methods:
         raise ConfigError(f"unknown method {name!r}; choose from {', '.join(methods)}.")
     cls = methods[name]
     defaults = cls().to_dict()

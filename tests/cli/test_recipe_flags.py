@@ -70,6 +70,9 @@ def test_a_wrong_setting_is_told_with_the_recipe(tmp_path):
     recipe.write_text("settings: {granularity: pear}\n")
     with pytest.raises(ConfigError, match=r"with the recipe .*mine\.yaml: unknown granularity 'pear'"):
         quantize_config(recipe=recipe)
+    recipe.write_text("method: [rtn]\n")
+    with pytest.raises(ConfigError, match=r"unknown method \['rtn'\]"):
+        quantize_config(recipe=recipe)
     recipe.write_text("bits: w4\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml: cannot read the bits 'w4'"):
         quantize_config(recipe=recipe)
