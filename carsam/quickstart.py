@@ -310,12 +310,15 @@ def _print_table(rows: list[Row], folder: Path) -> None:
     table = Table("", title="Quick start: sam-nano-256 on the embedded evaluation images", title_justify="left")
     for row in rows:
         table.add_column(row.model, justify="right")
+    n_objects = rows[0].n_objects
+    note = few_objects_note(n_objects) if n_objects is not None else None
+    few = f", noisy: {n_objects} objects" if note else ""
     lines: dict[str, Callable[[Row], str]] = {
         "mean IoU": lambda row: f"{row.mean_iou:.1f}",
         "  95 % interval over images": lambda row: interval_text(row.mean_iou_interval),
         "  difference to float": lambda row: str(row.difference or "-"),
-        "segm AP": lambda row: f"{row.segm_ap:.1f}",
-        "box AP": lambda row: f"{row.box_ap:.1f}",
+        f"segm AP{few}": lambda row: f"{row.segm_ap:.1f}",
+        f"box AP{few}": lambda row: f"{row.box_ap:.1f}",
         "weights file": lambda row: megabytes(row.file_bytes),
         "time to quantize": lambda row: "-" if row.quantize_seconds is None else duration(row.quantize_seconds),
         "time to evaluate": lambda row: duration(row.evaluate_seconds),
@@ -325,7 +328,6 @@ def _print_table(rows: list[Row], folder: Path) -> None:
         table.add_row(name, *map(value, rows))
     out.print()
     out.print(table)
-    note = few_objects_note(rows[0].n_objects) if rows[0].n_objects is not None else None
     if note:
         out.print(note, soft_wrap=True)
     differences = [row.difference for row in rows if row.difference is not None]
