@@ -63,14 +63,12 @@ class Output:
         self._held = ExitStack()
 
     def __enter__(self) -> Output:
-        try:
+        with self._held:  # let go again if anything fails
             self._check_place()
             self._lock()
             self._recover()
             self.check()
-        except BaseException:
-            self._held.close()
-            raise
+            self._held = self._held.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -50,6 +50,41 @@ def test_evaluate_packed_notes_its_scores(made, carsam_cli, evaluation_folder, t
     carsam.load(folder)  # the measurements are not part of the checksums
 
 
+def test_json_alone_on_stdout(carsam_cli, made, nano_folder, calibration_folder, evaluation_folder, tmp_path):
+    """``--json -`` of the commands that measure: the standard output is JSON, everything else is on the other one."""
+    images, coco = calibration_folder / "images", calibration_folder / "instances.json"
+    calibration = ["--data", images, "--data-coco", coco]
+    measured = ["--images", evaluation_folder / "images", "--coco", evaluation_folder / "instances.json"]
+    recipe = tmp_path / "compare.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "calibration": {"n_images": 1, "boxes_per_image": 1},
+                "rows": [{"name": "nearest", "method": "rtn", "settings": {"activation_observer": "min-max"}}],
+            }
+        )
+    )
+    quick = ["--n-images", 1, "--method", "rtn", "--set", "activation_observer=min-max", "--device", "cpu"]
+    commands = {
+        "stages": ["quantize", nano_folder, *calibration, *quick, "--out", tmp_path / "q"],
+        "measurements": [
+            *("compare", "--recipe", recipe, "--model", nano_folder, *calibration, *measured),
+            *("--out", tmp_path / "c", "--device", "cpu"),
+        ],
+        "attentions": [
+            *("diagnose", nano_folder, made[0], *measured, "--limit", 1, "--boxes-per-image", 1),
+            *("--no-sensitivity", "--out", tmp_path / "d", "--device", "cpu"),
+        ],
+        "regions": ["info", made[0]],
+    }
+    for key, command in commands.items():
+        result = carsam_cli(*command, "--json", "-")
+        assert result.exit_code == 0, result.output
+        values = json.loads(result.stdout)
+        assert key in values, (command[0], list(values))
+        assert result.stderr
+
+
 def test_evaluate_float(carsam_cli, nano_folder, evaluation_folder):
     before = sorted(path.name for path in nano_folder.iterdir())
     result = carsam_cli(
