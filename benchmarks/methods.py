@@ -108,7 +108,7 @@ def main() -> None:
                 (pipeline, "calibrate", "ranges"),
                 (pipeline, "fit_weights", "ranges"),
                 (pipeline, "pack", "pack"),
-                (pipeline, "save_packed", "pack"),
+                (pipeline, "write_folder", "pack"),
                 (pipeline, "load", "pack"),
             ):
                 stack.enter_context(timed(owner, function, spent, column))

@@ -204,16 +204,21 @@ def base_licence(source: str) -> str | None:
     """The licence that the base model's own card states, where that card is at hand.
 
     Args:
-        source: Folder of the base model, or its Hub id; of the Hub only the cache is asked.
+        source: Folder of the base model, or its Hub id; of the Hub only the cache is asked. Empty: a model in memory.
     """
     from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    if not source:  # a model in memory: without a name, the current folder's README would be taken for its card
+        return None
     path = Path(os.path.expanduser(source)) / CARD
     try:
         if not path.is_file() and _is_id(source):
             path = Path(hf_hub_download(source, CARD, local_files_only=True))
-        data = ModelCard(read_text(path, _MOST_CARD, "write it again"), ignore_metadata_errors=True).data
+        text = read_text(path, _MOST_CARD, "write it again")
+        if not text.startswith("---"):  # without metadata, which ModelCard warns of
+            return LICENCES.get(source)
+        data = ModelCard(text, ignore_metadata_errors=True).data
     except (EntryNotFoundError, OSError, ValueError):
         return LICENCES.get(source)
     licence = data.license_name or data.license if data.license == "other" else data.license

@@ -21,6 +21,7 @@ import carsam
 from carsam.commands.common import merge_results, read_results
 from carsam.errors import CarsamError, CheckpointError
 from carsam.pack.folder import portable, read_checksums
+from carsam.pack.model_card import base_licence
 from carsam.pack.source import packed_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -224,6 +225,17 @@ def test_model_card(packed_folder, tmp_path):
     (folder / "README.md").write_text(own)
     merge_results(folder, evaluation=scores)
     assert (folder / "README.md").read_text() == own
+
+
+def test_the_licence_is_the_base_models_own(tmp_path, monkeypatch, caplog):
+    """Of its card where that states one; a README that happens to lie in the current folder is nobody's card."""
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    monkeypatch.chdir(tmp_path)
+    assert base_licence(str(tmp_path)) == "mit"
+    assert base_licence("") is None
+    (tmp_path / "README.md").write_text("# A model without metadata\n")
+    assert base_licence(str(tmp_path)) is None
+    assert not caplog.records
 
 
 def test_no_path_of_this_machine(nano_folder, quick_config, calibration_folder, tmp_path):
