@@ -21,7 +21,7 @@ help:
 	@echo "make clean       remove results, caches and the virtual environment"
 
 quickstart: $(VENV)/.installed
-	@$(BIN)/python -m carsam.quickstart
+	@$(BIN)/python -m carsam.commands.quickstart
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -20,15 +20,15 @@ from torch.profiler import ProfilerActivity, profile
 import carsam
 from carsam.calibrate.cache import CacheSpace
 from carsam.config import QuantizeConfig
-from carsam.data.calibration import CalibrationImage, CalibrationSet
-from carsam.measure import peak_memory
 from carsam.methods.base import create
 from carsam.models.prepare import prepare_model
-from carsam.models.random_init import random_sam
+from carsam.models.sam.random import random_sam
 from carsam.models.sites import find_sites, replace_module
-from carsam.reconstruct import walk as walking
+from carsam.prompts.calibration import CalibrationImage, CalibrationSet
 from carsam.reconstruct.optimize import optimise
-from carsam.reconstruct.store import UnitStore
+from carsam.run import walk as walking
+from carsam.run.memory import peak_memory
+from carsam.run.store import UnitStore
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "convolution_backward", "thnn_conv2d", "dot")
 

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from transformers import SamModel
 
-import carsam.predictor
-from carsam.data.coco import CocoInstances, clean_boxes
+import carsam.predict.predictor
+from carsam.data.coco.instances import CocoInstances, clean_boxes
 from carsam.evaluate import coco_metrics
 from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.evaluate.journal import Journals
-from carsam.measure import peak_memory
 from carsam.models.load import load_model
-from carsam.models.random_init import random_sam
-from carsam.predictor import SamPredictor
+from carsam.models.sam.random import random_sam
+from carsam.predict.predictor import SamPredictor
+from carsam.run.memory import peak_memory
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 EVALUATION = EMBEDDED / "images" / "evaluation"
@@ -90,7 +90,7 @@ def prediction(model: SamModel) -> None:
     instances = CocoInstances.from_file(EVALUATION / "instances.json")
     predictor = SamPredictor(model)
     prompts = 0
-    with model_timed(carsam.predictor) as clock:
+    with model_timed(carsam.predict.predictor) as clock:
         started = time.perf_counter()
         for image in instances.images:
             predictor.set_image(instances.read_image(image, EVALUATION / "images"))

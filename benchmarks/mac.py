@@ -13,16 +13,16 @@ import time
 import torch
 
 from carsam.calibrate.observers import RangeRecorder
+from carsam.compensate.closed_form import SOLVERS
+from carsam.compensate.mac import MacSettings, compensate_attention
 from carsam.config import QuantizeConfig
-from carsam.measure import peak_memory
 from carsam.methods.base import create
 from carsam.models.prepare import prepare_model
-from carsam.models.random_init import random_sam
+from carsam.models.sam.random import random_sam
 from carsam.models.sites import find_sites
 from carsam.quantizers import simulate
-from carsam.reconstruct.walk import fit_weights
-from carsam.transform.compensate import SOLVERS
-from carsam.transform.mac import MacSettings, compensate_attention
+from carsam.run.memory import peak_memory
+from carsam.run.walk import fit_weights
 
 IMAGES, PROMPTS, TOKENS, PIXELS, DIM = 32, 6, 7, 64 * 64, 256
 

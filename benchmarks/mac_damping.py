@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import carsam
+from carsam.compensate import mac
 from carsam.config import BitPlan, QuantizeConfig
 from carsam.methods import car_sam
-from carsam.transform import mac
 
 LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0)
 SOLVED_ON, HELD_OUT = 32, 16

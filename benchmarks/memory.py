@@ -17,8 +17,8 @@ from calibration import random_data
 
 import carsam
 from carsam.config import QuantizeConfig
-from carsam.measure import peak_memory
-from carsam.models.random_init import random_sam
+from carsam.models.sam.random import random_sam
+from carsam.run.memory import peak_memory
 
 # Float reference, model being quantized (four bytes a weight each), and the codes.
 BYTES_PER_WEIGHT = 4 + 4 + 1

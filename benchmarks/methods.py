@@ -22,11 +22,11 @@ from pathlib import Path
 import carsam
 from carsam import pipeline
 from carsam.config import CalibrationConfig, QuantizeConfig
-from carsam.data.calibration import calibration_set
 from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.methods.base import registry
 from carsam.models.sites import find_sites
-from carsam.reconstruct.store import UnitStore
+from carsam.prompts.calibration import calibration_set
+from carsam.run.store import UnitStore
 
 LIMIT_MINUTES = 60
 COLUMNS = ("transform", "ranges", "encoder", "decoder", "streams", "pack", "evaluate")

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from carsam.data.images import read_image
-from carsam.data.transforms import Preprocessor
+from carsam.data.images.reading import read_image
+from carsam.data.images.transforms import Preprocessor
 from carsam.models.sites import find_sites
 from carsam.pack.checkpoint import open_model
-from carsam.predictor import encode_image, predict_logits
+from carsam.predict.predictor import encode_image, predict_logits
 
 
 def watch(model: nn.Module, pixels: Tensor, inputs: dict[str, str]) -> tuple[Tensor, dict[str, Tensor]]:

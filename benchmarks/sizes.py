@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 
 import carsam
 from carsam.config import QuantizeConfig
-from carsam.measure import peak_memory
-from carsam.models.random_init import random_sam
+from carsam.models.sam.random import random_sam
 from carsam.pack.checkpoint import folder_size
+from carsam.run.memory import peak_memory
 
 LIMITS = {"vit-b": 0.30, "vit-l": 0.28, "vit-h": 0.28}
 

@@ -13,19 +13,19 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from carsam import errors
-from carsam.registration import register_on_import
+from carsam.pack.registration import register_on_import
 
 if TYPE_CHECKING:
-    from carsam.automatic_masks import SamAutomaticMaskGenerator
     from carsam.config import BitPlan, Bits, CalibrationConfig, QuantizeConfig
-    from carsam.data.calibration import CalibrationImage, CalibrationSet, calibration_set
-    from carsam.data.images import read_image
+    from carsam.data.images.reading import read_image
     from carsam.evaluate.coco_metrics import CocoResult, evaluate_coco
     from carsam.models.load import load_model
     from carsam.pack.checkpoint import load
     from carsam.pipeline import QuantizeResult, quantize
-    from carsam.predictor import SamPredictor
-    from carsam.segment_anything import as_segment_anything
+    from carsam.predict.automatic_masks import SamAutomaticMaskGenerator
+    from carsam.predict.predictor import SamPredictor
+    from carsam.predict.segment_anything import as_segment_anything
+    from carsam.prompts.calibration import CalibrationImage, CalibrationSet, calibration_set
 
 __version__ = "0.1.0"
 
@@ -40,20 +40,20 @@ _PLACES = {
     "BitPlan": "carsam.config",
     "Bits": "carsam.config",
     "CalibrationConfig": "carsam.config",
-    "CalibrationImage": "carsam.data.calibration",
-    "CalibrationSet": "carsam.data.calibration",
+    "CalibrationImage": "carsam.prompts.calibration",
+    "CalibrationSet": "carsam.prompts.calibration",
     "CocoResult": "carsam.evaluate.coco_metrics",
     "QuantizeConfig": "carsam.config",
     "QuantizeResult": "carsam.pipeline",
-    "SamAutomaticMaskGenerator": "carsam.automatic_masks",
-    "SamPredictor": "carsam.predictor",
-    "as_segment_anything": "carsam.segment_anything",
-    "calibration_set": "carsam.data.calibration",
+    "SamAutomaticMaskGenerator": "carsam.predict.automatic_masks",
+    "SamPredictor": "carsam.predict.predictor",
+    "as_segment_anything": "carsam.predict.segment_anything",
+    "calibration_set": "carsam.prompts.calibration",
     "evaluate_coco": "carsam.evaluate.coco_metrics",
     "load": "carsam.pack.checkpoint",
     "load_model": "carsam.models.load",
     "quantize": "carsam.pipeline",
-    "read_image": "carsam.data.images",
+    "read_image": "carsam.data.images.reading",
 }
 
 __all__ = [

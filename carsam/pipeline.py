@@ -21,27 +21,27 @@ import carsam
 from carsam.calibrate.cache import CacheSpace
 from carsam.calibrate.ranges import calibrate
 from carsam.config import BitPlan, QuantizeConfig
-from carsam.data.calibration import CalibrationSet, calibration_set
-from carsam.data.normalisation import Normalisation, named_normalisation, normalisation_of, set_normalisation
+from carsam.data.images.normalisation import Normalisation, named_normalisation, normalisation_of, set_normalisation
 from carsam.errors import CarsamError, CheckpointError, ConfigError
-from carsam.files import write_json
-from carsam.measure import peak_memory
 from carsam.methods.base import Method, create
 from carsam.models.load import load_model, resolve_device
 from carsam.models.prepare import prepare_model
 from carsam.models.sites import Sites, find_sites
+from carsam.output.checks import base_ingredients, check_equal, check_space, ingredients
+from carsam.output.files import write_json
+from carsam.output.finished import RESULTS, differing_settings, finished_report, read_quantization, read_recipe
+from carsam.output.partial import Partial
+from carsam.output.target import Output
 from carsam.pack.checkpoint import load, write_folder
 from carsam.pack.layers import PackedLayer
 from carsam.pack.layout import pack
 from carsam.pack.writing import Facts, attach
+from carsam.prompts.calibration import CalibrationSet, calibration_set
 from carsam.quantizers import QuantizedLayer
-from carsam.reconstruct.store import UnitStore, fingerprint
-from carsam.reconstruct.walk import Progress, Walk, WalkReport, fit_weights, quantized_layers
-from carsam.run.checks import base_ingredients, check_equal, check_space, ingredients
-from carsam.run.finished import RESULTS, differing_settings, finished_report, read_quantization, read_recipe
-from carsam.run.partial import Partial
+from carsam.run.memory import peak_memory
 from carsam.run.progress import Stages
-from carsam.run.target import Output
+from carsam.run.store import UnitStore, fingerprint
+from carsam.run.walk import Progress, Walk, WalkReport, fit_weights, quantized_layers
 
 logger = logging.getLogger(__name__)
 

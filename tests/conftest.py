@@ -17,8 +17,8 @@ from transformers import SamModel
 
 import carsam
 from carsam.config import CalibrationConfig, QuantizeConfig
-from carsam.data.calibration import CalibrationSet, calibration_set
 from carsam.models.load import load_model
+from carsam.prompts.calibration import CalibrationSet, calibration_set
 
 ROOT = Path(__file__).resolve().parents[1]
 

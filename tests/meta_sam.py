@@ -10,7 +10,7 @@ from torch import nn
 from torchvision_shim import import_segment_anything
 from transformers import SamModel
 
-from carsam.models.meta_checkpoint import state_dict_to_meta
+from carsam.models.sam.meta import state_dict_to_meta
 
 
 def package() -> ModuleType:

@@ -79,8 +79,8 @@ for unix in ("resource", "fcntl", "pwd", "grp", "termios"):
 import carsam
 model = SamModel.from_pretrained(sys.argv[1])
 carsam.load(sys.argv[1])
-import carsam.pipeline, carsam.measure
-assert carsam.measure.peak_memory() == 0
+import carsam.pipeline, carsam.run.memory
+assert carsam.run.memory.peak_memory() == 0
 """
     python(code + PACKED, packed_folder)
 

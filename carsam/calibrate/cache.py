@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from carsam.errors import CarsamError
-from carsam.files import SPILL, clear_spills
+from carsam.output.files import SPILL, clear_spills
 
 HALF_MAX = torch.finfo(torch.float16).max
 

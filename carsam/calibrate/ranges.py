@@ -8,7 +8,7 @@ import torch
 from transformers import SamModel
 
 from carsam.calibrate.observers import RangeRecorder
-from carsam.data.calibration import CalibrationSet
+from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import simulate
 
 

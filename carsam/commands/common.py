@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 from carsam.errors import CarsamError
-from carsam.files import clear_spills, write_json
-from carsam.run.signals import interrupts, message
+from carsam.output.files import clear_spills, write_json
+from carsam.output.signals import interrupts, message
 
 if TYPE_CHECKING:
     from transformers import SamModel

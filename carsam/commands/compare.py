@@ -12,7 +12,7 @@ from carsam.commands.common import METHODS, Device, Normalise, complete_from
 from carsam.commands.output import Json, Output, Quiet, check_file, renamed
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError
-from carsam.files import write_text
+from carsam.output.files import write_text
 
 
 def compare(
@@ -84,8 +84,8 @@ def compare(
         raise ConfigError(f"{', '.join(missing)} must be given, on the command line or in a --recipe.")
 
     with Reporter("comparing", quiet=quiet) as reporter:
-        from carsam.evaluate.comparison import Comparison
-        from carsam.evaluate.comparison import compare as run
+        from carsam.run.comparison import Comparison
+        from carsam.run.comparison import compare as run
 
         try:
             comparison = Comparison.from_dict(values)

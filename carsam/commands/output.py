@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 
 from carsam.commands.common import err, out, printable
 from carsam.errors import ConfigError
-from carsam.files import write_json
+from carsam.output.files import write_json
 
 STDOUT = "-"
 

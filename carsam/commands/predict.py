@@ -15,11 +15,11 @@ from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from carsam.automatic_masks import SamAutomaticMaskGenerator
+    from carsam.predict.automatic_masks import SamAutomaticMaskGenerator
     from carsam.predict.inputs import Photo
+    from carsam.predict.predictor import SamPredictor
     from carsam.predict.prompts import Assignment, FilePrompts, Prompt
     from carsam.predict.run import Job
-    from carsam.predictor import SamPredictor
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +127,9 @@ def predict(
     """
     from carsam.predict.inputs import find_photos, measure
     from carsam.predict.outputs import read_formats
+    from carsam.predict.predictor import SamPredictor
     from carsam.predict.prompts import from_flags, read_prompts
     from carsam.predict.run import Job
-    from carsam.predictor import SamPredictor
 
     settings = {
         "points_per_side": points_per_side,
@@ -221,7 +221,7 @@ def _assign(photos: list[Photo], flags: list[Prompt], file: FilePrompts | None) 
 
 
 def _generator(predictor: SamPredictor, settings: dict[str, Any]) -> SamAutomaticMaskGenerator:
-    from carsam.automatic_masks import SamAutomaticMaskGenerator
+    from carsam.predict.automatic_masks import SamAutomaticMaskGenerator
 
     try:
         return SamAutomaticMaskGenerator(predictor.model, **settings, output_mode="uncompressed_rle")

@@ -12,7 +12,7 @@ from carsam.commands.common import METHODS, Device, Normalise, complete_from, fl
 from carsam.commands.output import Json, Output, Quiet, finite, renamed
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError
-from carsam.run.signals import message
+from carsam.output.signals import message
 
 if TYPE_CHECKING:
     from carsam.pipeline import QuantizeResult

@@ -88,8 +88,8 @@ def shortcut_settings(
     Raises:
         ConfigError: The method is unknown or lacks what a flag sets, or flags contradict each other.
     """
+    from carsam.compensate.mac import OFF
     from carsam.methods.base import registry
-    from carsam.transform.mac import OFF
 
     methods = registry()
     if not isinstance(method, str) or method not in methods:
@@ -150,7 +150,7 @@ def quantize_config(
         ConfigError: Anything unknown or out of range.
     """
     from carsam.config import QuantizeConfig
-    from carsam.data.normalisation import named_normalisation
+    from carsam.data.images.normalisation import named_normalisation
     from carsam.methods.base import create
 
     values: dict[str, Any] = _read_with_places(recipe) if recipe is not None else {}

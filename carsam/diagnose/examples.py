@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from carsam.data.transforms import Geometry
+from carsam.data.images.transforms import Geometry
 from carsam.diagnose.measures import entropy, focus_overlap, kl_divergence
 from carsam.diagnose.passes import Outcome
 from carsam.diagnose.pictures import SUFFIX, heat_picture, mask_picture, zoom_picture, zoom_region
 from carsam.diagnose.results import Example, HeatMap, PromptScore, Zoom
-from carsam.diagnose.samples import Sample
 from carsam.evaluate.points import mask_iou
+from carsam.prompts.samples import Sample
 
 WORST, MEDIAN = "worst", "median"
 # An object with a smaller share of the image is hard to see on all of it.

@@ -18,8 +18,8 @@ from carsam.calibrate.cache import ActivationCache, CacheSpace, cached
 from carsam.diagnose.measures import RelativeError, total_variation
 from carsam.diagnose.pair import Pair
 from carsam.diagnose.results import Moment, Neighbour, Oscillation
-from carsam.diagnose.samples import PROMPTS_PER_BATCH
 from carsam.models.sites import Sites, replace_module
+from carsam.prompts.samples import PROMPTS_PER_BATCH
 from carsam.quantizers import simulate
 from carsam.reconstruct.units import Unit, decoder_input, run_module
 

@@ -13,8 +13,7 @@ from transformers import SamModel
 
 from carsam.calibrate.ranges import calibrate
 from carsam.config import BitPlan, Bits
-from carsam.data.calibration import CalibrationSet
-from carsam.data.normalisation import named_normalisation, normalisation_of, set_normalisation
+from carsam.data.images.normalisation import named_normalisation, normalisation_of, set_normalisation
 from carsam.errors import CheckpointError
 from carsam.methods.base import Method, create
 from carsam.models.load import load_model
@@ -23,9 +22,10 @@ from carsam.models.sites import Sites, find_sites
 from carsam.pack.checkpoint import RECIPE, load
 from carsam.pack.layers import PackedLayer
 from carsam.pack.source import packed_folder
+from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ActivationQuantizer, UniformSoftmax
 from carsam.reading import read_yaml
-from carsam.reconstruct.walk import fit_weights, quantized_layers
+from carsam.run.walk import fit_weights, quantized_layers
 
 _FIX = "get the folder again"
 # Stay in floating point and are changed by no method: equal up to FP16 in a packed model and its float original.

@@ -12,9 +12,9 @@ from transformers import SamModel
 from carsam.diagnose.attention_maps import DissipationMeter, MapRecorder, valid_queries
 from carsam.diagnose.pair import Pair
 from carsam.diagnose.results import AttentionResult, SiteValues
-from carsam.diagnose.samples import PROMPTS_PER_BATCH, Sample
 from carsam.diagnose.site_values import ValueRecorder
-from carsam.predictor import predict_logits
+from carsam.predict.predictor import predict_logits
+from carsam.prompts.samples import PROMPTS_PER_BATCH, Sample
 from carsam.reconstruct.units import first_stage_input, run_module
 
 # The decoder's tokens are the IoU token, then the mask tokens; without multimask output the first of those is used.

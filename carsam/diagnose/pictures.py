@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from carsam.data.transforms import Geometry
+from carsam.data.images.transforms import Geometry
 from carsam.evaluate.overlay import color_of, overlay
 
 HEAT_SIDE, MASK_SIDE, ZOOM_SIDE = 384, 512, 320

@@ -17,12 +17,12 @@ from carsam.diagnose.pair import open_pair, round_to_nearest
 from carsam.diagnose.passes import encode_images, run_passes
 from carsam.diagnose.pictures import QUALITY
 from carsam.diagnose.results import Diagnosis
-from carsam.diagnose.samples import FLOAT_MASKS, GROUND_TRUTH, calibration_data, read_samples
 from carsam.diagnose.sensitivity import MAX_IMAGES, sensitivity
 from carsam.diagnose.site_values import weight_results
 from carsam.errors import CheckpointError
 from carsam.models.load import resolve_device
 from carsam.pack.source import packed_folder
+from carsam.prompts.samples import FLOAT_MASKS, GROUND_TRUTH, calibration_data, read_samples
 from carsam.quantizers import simulate
 
 Progress = Callable[[str, str, int, int], None]

@@ -12,10 +12,10 @@ from transformers import SamModel
 
 from carsam.diagnose.measures import RelativeError
 from carsam.diagnose.results import SiteSensitivity
-from carsam.diagnose.samples import PROMPTS_PER_BATCH, Sample
 from carsam.evaluate.points import mask_iou
 from carsam.models.sites import OPERANDS, Sites
-from carsam.predictor import predict_logits
+from carsam.predict.predictor import predict_logits
+from carsam.prompts.samples import PROMPTS_PER_BATCH, Sample
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.reconstruct.units import first_stage_input, run_module
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from carsam.data.annotations import Id
-from carsam.data.checks import check_images
-from carsam.data.coco import CocoAnnotation, CocoImage, CocoInstances
+from carsam.data.coco.annotations import Id
+from carsam.data.coco.checks import check_images
+from carsam.data.coco.instances import CocoAnnotation, CocoImage, CocoInstances
 from carsam.errors import DataError
 from carsam.evaluate.average_precision import Rle, TrueObject
 

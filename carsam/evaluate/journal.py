@@ -23,8 +23,8 @@ import platformdirs
 import torch
 from torch import nn
 
-from carsam.reconstruct.store import fingerprint, model_fingerprint
-from carsam.run.lock import InUseError, locked
+from carsam.output.lock import InUseError, locked
+from carsam.run.store import fingerprint, model_fingerprint
 
 logger = logging.getLogger(__name__)
 

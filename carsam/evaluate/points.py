@@ -12,14 +12,14 @@ from pycocotools import mask as mask_utils
 from torch import Tensor
 from transformers import SamModel
 
-from carsam.data.transforms import Geometry, Preprocessor
+from carsam.data.images.transforms import Geometry, Preprocessor
 from carsam.errors import ConfigError, DataError
 from carsam.evaluate.coco_metrics import Progress, evaluating, naming_what_is_kept, require_finite
 from carsam.evaluate.ground_truth import GroundTruth
 from carsam.evaluate.intervals import interval_of_means
 from carsam.evaluate.journal import Journals, evaluation_parts
-from carsam.files import write_json
-from carsam.predictor import encode_image, predict_logits
+from carsam.output.files import write_json
+from carsam.predict.predictor import encode_image, predict_logits
 
 # Of all masks of a batch: a few of these at a byte a pixel are in memory at once.
 MAX_BATCH_PIXELS = 2**28

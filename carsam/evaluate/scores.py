@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from carsam.errors import DataError
-from carsam.files import write_json
+from carsam.output.files import write_json
 from carsam.reading import read_json
 
 # AP over fewer objects moves by points when a few masks change.

@@ -26,9 +26,9 @@ from torch import nn
 
 from carsam.calibrate.observers import OBSERVERS
 from carsam.config import build
-from carsam.data.calibration import CalibrationSet
 from carsam.errors import ConfigError
 from carsam.models.sites import Sites
+from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import SOFTMAX_GRIDS, ActivationQuantizer
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.units import Unit

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from carsam.compensate.mac import MacReport, MacSettings, compensate_attention
 from carsam.errors import ConfigError
 from carsam.methods.qdrop import QDrop
 from carsam.models.sites import Sites
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.units import GRANULARITIES, Unit, decoder_units, encoder_units, run_unit
-from carsam.transform.mac import MacReport, MacSettings, compensate_attention
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from carsam.data.calibration import CalibrationSet
 from carsam.methods.base import Method
 from carsam.methods.qdrop import QDrop
 from carsam.models.sites import Sites
+from carsam.prompts.calibration import CalibrationSet
 from carsam.transform.bimodal import integrate_bimodal_keys
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import SamConfig
 
 from carsam.errors import CheckpointError
-from carsam.models.random_init import BAD_CONFIG, skeleton
+from carsam.models.sam.random import BAD_CONFIG, skeleton
 
 Shapes = Mapping[str, Sequence[int]]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from transformers import SamModel
 
-from carsam.data.normalisation import HUB_ID, named_normalisation, set_normalisation
+from carsam.data.images.normalisation import HUB_ID, named_normalisation, set_normalisation
 from carsam.errors import CheckpointError, DeviceError
-from carsam.models.hub_files import hub_folder
-from carsam.models.meta_checkpoint import find_meta_state, read_meta_file, sam_from_meta, why_not_sam
-from carsam.models.torch_file import mappings, read_torch_file
+from carsam.models.files.hub import hub_folder
+from carsam.models.files.torch import mappings, read_torch_file
+from carsam.models.files.weights import read_tensors
+from carsam.models.sam.meta import find_meta_state, read_meta_file, sam_from_meta, why_not_sam
 from carsam.models.transformers_folder import CONFIG, HUB_EXAMPLE, OUR_ANCHOR, load_folder, quiet_transformers
-from carsam.models.weight_files import read_tensors
 
 __all__ = ["is_hub_id", "load_model", "quiet_transformers", "resolve_device"]
 

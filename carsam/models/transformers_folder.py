@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import SamConfig, SamModel
 from transformers.utils import logging as transformers_logging
 
-from carsam.data.normalisation import PREPROCESSOR, read_normalisation, set_normalisation
+from carsam.data.images.normalisation import PREPROCESSOR, read_normalisation, set_normalisation
 from carsam.errors import CheckpointError
 from carsam.models.declared import check_declared
-from carsam.models.meta_checkpoint import ANCHOR, BUFFERS, find_meta_state, sam_from_meta, some
-from carsam.models.random_init import BAD_CONFIG, skeleton
-from carsam.models.torch_file import DamagedFileError
-from carsam.models.weight_files import read_tensors, tensor_shapes, training_leftover, weight_files
+from carsam.models.files.torch import DamagedFileError
+from carsam.models.files.weights import read_tensors, tensor_shapes, training_leftover, weight_files
+from carsam.models.sam.meta import ANCHOR, BUFFERS, find_meta_state, sam_from_meta, some
+from carsam.models.sam.random import BAD_CONFIG, skeleton
 
 HUB_EXAMPLE = "facebook/sam-vit-base"
 CONFIG = "config.json"

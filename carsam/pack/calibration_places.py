@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from carsam.errors import CarsamError
-from carsam.files import write_json
+from carsam.output.files import write_json
 from carsam.pack.folder import portable
 from carsam.reading import read_json
 

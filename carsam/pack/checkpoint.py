@@ -11,18 +11,18 @@ import torch
 from safetensors import SafetensorError
 from transformers import SamModel
 
-import carsam.pack.hub  # noqa: F401 - registers packed folders with transformers
-from carsam.data.normalisation import named_normalisation, normalisation_of, set_normalisation
+import carsam.pack.transformers  # noqa: F401 - registers packed folders with transformers
+from carsam.data.images.normalisation import named_normalisation, normalisation_of, set_normalisation
 from carsam.errors import CarsamError, CheckpointError
 from carsam.models.declared import check_declared
 from carsam.models.load import is_hub_id, load_model, quiet_transformers, resolve_device
-from carsam.models.random_init import BAD_CONFIG
+from carsam.models.sam.random import BAD_CONFIG
+from carsam.output.target import replaced_folder
 from carsam.pack.calibration_places import remember
 from carsam.pack.folder import CHECKSUMS, CONFIG, RECIPE, WEIGHTS, is_packed, read_config, read_header, verify
 from carsam.pack.quantization_config import CarsamQuantizationConfig
 from carsam.pack.source import packed_folder
 from carsam.pack.writing import Facts, packed_state, write_packed
-from carsam.run.target import replaced_folder
 
 __all__ = [
     "CHECKSUMS",

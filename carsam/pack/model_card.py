@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from carsam.errors import CarsamError
-from carsam.files import write_text
+from carsam.output.files import write_text
 from carsam.pack.folder import CARD, portable
 from carsam.pack.stand_in import is_stand_in
 from carsam.reading import read_text

@@ -39,7 +39,7 @@ class CarsamQuantizationConfig(QuantizationConfigMixin):
         format: int = FORMAT_VERSION,
         **_: Any,
     ):
-        from carsam.pack.layout import check_layout  # not before: see carsam.pack.hub
+        from carsam.pack.layout import check_layout  # not before: see carsam.pack.transformers
 
         for name, value in (("bits", bits), ("method", method), ("carsam_version", carsam_version)):
             if not isinstance(value, str):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from carsam.errors import CheckpointError
-from carsam.models.hub_files import hub_file
+from carsam.models.files.hub import hub_file
 from carsam.pack.folder import (
     CARD,
     CHECKSUMS,

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from transformers import SamModel
 
 import carsam
-from carsam.data.transforms import preprocessor_config
+from carsam.data.images.transforms import preprocessor_config
 from carsam.errors import CarsamError, CheckpointError
-from carsam.files import current_umask, write_json
 from carsam.models.sites import find_sites
+from carsam.output.files import current_umask, write_json
 from carsam.pack.folder import (
     CARD,
     CHECKSUMS,

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from carsam.data.image_file import Header, image_suffixes, is_image, read_header, unreadable_suffix
-from carsam.data.images import list_images
+from carsam.data.images.file import Header, image_suffixes, is_image, read_header, unreadable_suffix
+from carsam.data.images.reading import list_images
 from carsam.errors import DataError
 
 logger = logging.getLogger(__name__)

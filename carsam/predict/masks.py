@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from carsam.automatic_masks import SamAutomaticMaskGenerator
-from carsam.data.rle import counts_area, counts_box, counts_to_mask, counts_to_rle, mask_to_counts
-from carsam.data.transforms import Geometry
+from carsam.data.coco.rle import counts_area, counts_box, counts_to_mask, counts_to_rle, mask_to_counts
+from carsam.data.images.transforms import Geometry
+from carsam.predict.automatic_masks import SamAutomaticMaskGenerator
+from carsam.predict.predictor import SamPredictor
 from carsam.predict.prompts import Prompt
-from carsam.predictor import SamPredictor
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from carsam.data.polygons import mask_to_polygons
+from carsam.data.coco.polygons import mask_to_polygons
 from carsam.errors import ConfigError
-from carsam.files import whole_file, write_text
+from carsam.output.files import whole_file, write_text
 from carsam.predict.inputs import Photo, shown
 from carsam.predict.masks import FoundMask
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from carsam.data.annotations import CocoAnnotation, CocoImage, Id
-from carsam.data.box_form import BoxSample, check_boxes
-from carsam.data.boxes import clip_boxes
-from carsam.data.checks import oriented
-from carsam.data.coco import CocoInstances
-from carsam.data.image_folder import name_parts
-from carsam.data.json_file import read_text
-from carsam.data.masks import tight_box
+from carsam.data.coco.annotations import CocoAnnotation, CocoImage, Id
+from carsam.data.coco.box_form import BoxSample, check_boxes
+from carsam.data.coco.checks import oriented
+from carsam.data.coco.instances import CocoInstances
+from carsam.data.coco.json_file import read_text
+from carsam.data.coco.masks import tight_box
+from carsam.data.images.folder import name_parts
 from carsam.data.notes import Notes
 from carsam.errors import DataError
 from carsam.predict.inputs import Photo, shown
+from carsam.prompts.boxes import clip_boxes
 
 logger = logging.getLogger(__name__)
 

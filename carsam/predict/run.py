@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from carsam.automatic_masks import SamAutomaticMaskGenerator
-from carsam.data.images import read_image
+from carsam.data.images.reading import read_image
 from carsam.data.notes import Notes
 from carsam.errors import CarsamError, DataError
 from carsam.predict import drawing, outputs
+from carsam.predict.automatic_masks import SamAutomaticMaskGenerator
 from carsam.predict.inputs import Photo, shown
 from carsam.predict.masks import FoundMask, describe, segment_everything, segment_prompts
 from carsam.predict.names import check_not_inputs, earlier_outputs, output_stems
+from carsam.predict.predictor import SamPredictor
 from carsam.predict.prompts import Prompt
-from carsam.predictor import SamPredictor
 
 
 @dataclass

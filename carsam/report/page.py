@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from carsam.evaluate.intervals import Difference
-from carsam.files import write_text
+from carsam.output.files import write_text
 from carsam.report import charts, numbers
 from carsam.report.changes import few_objects, find_changes
 from carsam.report.order import short

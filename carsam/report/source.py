@@ -16,7 +16,7 @@ from carsam.reading import cleaned, parse_yaml, read_json, read_text
 from carsam.report.limits import check_amounts, shortened
 from carsam.report.order import Site, layout_sites, mapping
 
-# The same names as in carsam.pack.checkpoint and carsam.pack.hub, which would import torch: a report takes a moment.
+# The same names as in carsam.pack.checkpoint, which would import torch: a report takes a moment.
 CONFIG, WEIGHTS, RECIPE, RESULTS, QUANT_METHOD = (
     *("config.json", "model.safetensors", "recipe.yaml", "results.json", "carsam"),
 )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from carsam.data.calibration import CalibrationSet
 from carsam.models.sites import Sites
+from carsam.prompts.calibration import CalibrationSet
 
 # PTQ4SAM's rule: density at 128 points, a peak is at least 0.01 of their sum high and 32 points away from the next.
 POINTS, PEAK_HEIGHT, PEAK_DISTANCE = 128, 0.01, 32

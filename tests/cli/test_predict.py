@@ -8,8 +8,8 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 import carsam
-from carsam.data.coco import CocoInstances
-from carsam.data.images import read_image
+from carsam.data.coco.instances import CocoInstances
+from carsam.data.images.reading import read_image
 
 BOX = ("--box", "10,8,70,50")
 LOW = ("--everything", "--points-per-side", "4", "--pred-iou-thresh", "0.1", "--stability-score-thresh", "0.1")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import carsam
-from carsam import quickstart
+from carsam.commands import quickstart
 from carsam.errors import DataError
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from carsam.diagnose.pair import Pair, open_pair
 from carsam.diagnose.passes import Passes, run_passes
-from carsam.diagnose.samples import Sample, read_samples
+from carsam.prompts.samples import Sample, read_samples
 
 
 @pytest.fixture(scope="session")

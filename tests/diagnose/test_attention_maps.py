@@ -10,7 +10,7 @@ import carsam.diagnose.attention_maps as attention_maps
 import carsam.models.attention as attention_module
 from carsam.diagnose.attention_maps import DissipationMeter, MapRecorder, query_stride, valid_queries
 from carsam.diagnose.measures import focus_overlap, kl_divergence
-from carsam.predictor import predict_logits
+from carsam.predict.predictor import predict_logits
 from carsam.reconstruct.units import first_stage_input, run_module
 
 

@@ -15,7 +15,7 @@ from carsam.diagnose.oscillation import (
 )
 from carsam.diagnose.pair import round_to_nearest
 from carsam.diagnose.passes import encode_images
-from carsam.diagnose.samples import calibration_data
+from carsam.prompts.samples import calibration_data
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.reconstruct.units import Unit, decoder_units, encoder_units
 

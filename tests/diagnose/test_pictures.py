@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from carsam.data.transforms import Geometry
+from carsam.data.images.transforms import Geometry
 from carsam.diagnose.pictures import (
     HEAT_SIDE,
     MASK_SIDE,

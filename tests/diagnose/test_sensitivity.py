@@ -7,9 +7,9 @@ import torch
 
 from carsam.diagnose.measures import RelativeError
 from carsam.diagnose.pair import round_to_nearest
-from carsam.diagnose.samples import calibration_data
 from carsam.diagnose.sensitivity import parts_by_stage, sensitivity, swapped
-from carsam.predictor import predict_logits
+from carsam.predict.predictor import predict_logits
+from carsam.prompts.samples import calibration_data
 from carsam.quantizers import simulate
 
 

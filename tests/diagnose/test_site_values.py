@@ -7,7 +7,7 @@ import torch
 
 from carsam.calibrate.capture import capture_call
 from carsam.diagnose.site_values import grid_ends, histogram, weight_error, weight_results
-from carsam.predictor import predict_logits
+from carsam.predict.predictor import predict_logits
 from carsam.quantizers import (
     ActivationQuantizer,
     GroupedQuantizer,

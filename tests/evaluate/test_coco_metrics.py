@@ -14,14 +14,14 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from carsam.data.coco import CocoInstances
-from carsam.data.transforms import Preprocessor
+from carsam.data.coco.instances import CocoInstances
+from carsam.data.images.transforms import Preprocessor
 from carsam.errors import CheckpointError, ConfigError, DataError, DeviceError
 from carsam.evaluate import coco_metrics
 from carsam.evaluate.coco_metrics import evaluate_coco, evaluating
 from carsam.evaluate.points import evaluate_points
 from carsam.evaluate.scores import CocoResult
-from carsam.files import write_json
+from carsam.output.files import write_json
 
 EMBEDDED = Path(__file__).parents[2] / "embedded"
 IMAGES = EMBEDDED / "images" / "evaluation" / "images"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from carsam.data.coco import CocoInstances
+from carsam.data.coco.instances import CocoInstances
 from carsam.errors import ConfigError, DataError, DeviceError
 from carsam.evaluate import points
 from carsam.evaluate.points import deepest_point, distance_to_boundary, evaluate_points, mask_iou, next_click

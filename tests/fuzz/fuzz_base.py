@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 import carsam
 from carsam.cli import app
-from carsam.data.images import read_image
+from carsam.data.images.reading import read_image
 from carsam.errors import CarsamError
 from carsam.models.load import load_model
-from carsam.predictor import SamPredictor
+from carsam.predict.predictor import SamPredictor
 
 Run = Callable[[], object]
 N_IMAGES = 2

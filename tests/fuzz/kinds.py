@@ -24,13 +24,13 @@ from PIL import Image
 
 from carsam.commands.recipe import quantize_config, read_yaml
 from carsam.config import QuantizeConfig
-from carsam.data.calibration import calibration_set
-from carsam.data.images import list_images, read_image
+from carsam.data.images.reading import list_images, read_image
 from carsam.evaluate.coco_metrics import evaluate_coco
-from carsam.evaluate.comparison import Comparison
 from carsam.predict.inputs import find_photos, measure
 from carsam.predict.prompts import read_prompts
+from carsam.prompts.calibration import calibration_set
 from carsam.report.page import write_report
+from carsam.run.comparison import Comparison
 
 
 def _in_range(scores: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from carsam.errors import CheckpointError
 from carsam.models.load import load_model
-from carsam.models.meta_checkpoint import state_dict_to_meta
+from carsam.models.sam.meta import state_dict_to_meta
 
 
 @pytest.fixture(scope="module")

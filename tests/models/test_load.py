@@ -13,8 +13,8 @@ from transformers.models.sam.modeling_sam import SamVisionAttention
 
 from carsam.errors import CheckpointError, ConfigError, DeviceError
 from carsam.models.load import is_hub_id, load_model, resolve_device
-from carsam.models.meta_checkpoint import TWO_WAY_EPS, state_dict_to_meta
-from carsam.models.random_init import random_sam
+from carsam.models.sam.meta import TWO_WAY_EPS, state_dict_to_meta
+from carsam.models.sam.random import random_sam
 
 NANO = Path(__file__).resolve().parents[2] / "embedded" / "sam-nano-256"
 PIXELS = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))

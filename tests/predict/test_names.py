@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from carsam.errors import CarsamError
-from carsam.files import write_text
+from carsam.output.files import write_text
 from carsam.predict.inputs import Photo
 from carsam.predict.names import check_not_inputs, earlier_outputs, output_stems
 

@@ -6,14 +6,14 @@ import scipy.cluster.vq
 import scipy.linalg
 import torch
 
-from carsam.quantizers.grouped import group_channels
-from carsam.transform.compensate import (
+from carsam.compensate.closed_form import (
     ProductStatistics,
     ValueStatistics,
     compensate_product,
     compensate_value,
     damping,
 )
+from carsam.quantizers.grouped import group_channels
 
 SAMPLES, TOKENS, KEYS, HEADS, D_IN, D_HEAD = 3, 7, 9, 2, 5, 4
 

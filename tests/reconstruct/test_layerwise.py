@@ -14,9 +14,9 @@ from carsam.quantizers import QuantizedLayer, simulate
 from carsam.quantizers.uniform import encode
 from carsam.reconstruct.layerwise import execution_order, optimise_layers
 from carsam.reconstruct.optimize import UnitData, relative_errors
-from carsam.reconstruct.store import UnitStore
 from carsam.reconstruct.units import encoder_units, first_stage_input, run_unit
-from carsam.reconstruct.walk import Walk, fit_weights
+from carsam.run.store import UnitStore
+from carsam.run.walk import Walk, fit_weights
 
 
 def prepared(nano, method):

@@ -28,7 +28,7 @@ from carsam.reconstruct.units import (
     run_module,
     run_unit,
 )
-from carsam.reconstruct.walk import fit_weights, variances
+from carsam.run.walk import fit_weights, variances
 
 
 @pytest.fixture(scope="module")

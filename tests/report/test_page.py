@@ -205,7 +205,7 @@ def test_written_whole_or_not_at_all(full_folder, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("carsam.files.os.replace", fail)
+    monkeypatch.setattr("carsam.output.files.os.replace", fail)
     with pytest.raises(CarsamError, match="No space"):
         write_report(full_folder, out)
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]

@@ -1,0 +1,162 @@
+"""SAM's input frame: resize, normalise, pad, and the way back for masks.
+
+The arithmetic is segment-anything's (``ResizeLongestSide``, ``Sam.preprocess``, ``Sam.postprocess_masks``), so that
+scores are those of the original code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import SamModel
+
+from carsam.data.images.normalisation import IMAGENET, Normalisation, Triple, normalisation_of, to_preprocessor
+
+Coords = TypeVar("Coords", np.ndarray, Tensor)
+
+
+def resized_size(original_size: tuple[int, int], longest_side: int) -> tuple[int, int]:
+    """Size ``(h, w)`` after the longest side became ``longest_side``, rounded as in segment-anything.
+
+    A side that would round to nothing stays at one pixel.
+    """
+    scale = longest_side * 1.0 / max(original_size)
+    height, width = (max(1, int(side * scale + 0.5)) for side in original_size)
+    return height, width
+
+
+def resize_image(image: np.ndarray, longest_side: int) -> np.ndarray:
+    """Bilinear resize of an ``(H, W, 3)`` uint8 image, antialiased by Pillow as segment-anything does it."""
+    height, width = resized_size(image.shape[:2], longest_side)
+    return np.array(Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an image lies in the input frame.
+
+    Attributes:
+        original_size: ``(h, w)`` of the image file.
+        input_size: ``(h, w)`` after the resize, before padding at the right and bottom.
+    """
+
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+
+    def points_to_input(self, coords: Coords) -> Coords:
+        """Points ``(..., 2)`` as (x, y) in pixels of the original image, in pixels of the input frame.
+
+        Arrays come back as float64, tensors as float32.
+        """
+        scale = (self.input_size[1] / self.original_size[1], self.input_size[0] / self.original_size[0])
+        if isinstance(coords, Tensor):
+            return coords.to(torch.float32) * torch.tensor(scale, dtype=torch.float32, device=coords.device)
+        return np.asarray(coords, dtype=np.float64) * np.array(scale)
+
+    def boxes_to_input(self, boxes: Coords) -> Coords:
+        """Boxes ``(..., 4)`` XYXY in pixels of the original image, in pixels of the input frame."""
+        return self.points_to_input(boxes.reshape(*boxes.shape[:-1], 2, 2)).reshape(boxes.shape)
+
+    def masks_to_original(self, low_res: Tensor, image_size: int) -> Tensor:
+        """Mask logits of the decoder at the original image's size.
+
+        Bilinear to the padded input frame, cropped, bilinear to the original: the order matters for the borders.
+
+        Args:
+            low_res: Logits ``(..., h, w)`` over the padded frame.
+            image_size: Side of the input frame in pixels.
+
+        Returns:
+            Logits ``(..., H, W)``, float32.
+        """
+        lead = low_res.shape[:-2]
+        logits = low_res.reshape(-1, 1, *low_res.shape[-2:]).float()
+        logits = F.interpolate(logits, (image_size, image_size), mode="bilinear", align_corners=False)
+        logits = logits[..., : self.input_size[0], : self.input_size[1]]
+        logits = F.interpolate(logits, tuple(self.original_size), mode="bilinear", align_corners=False)
+        return logits.reshape(*lead, *self.original_size)
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """Image to input tensor.
+
+    Attributes:
+        image_size: Side of the square input frame in pixels.
+        normalisation: What becomes of the pixels.
+    """
+
+    image_size: int
+    normalisation: Normalisation = IMAGENET
+
+    @classmethod
+    def for_model(cls, model: SamModel) -> Preprocessor:
+        """The preprocessor that fits a model's input size and its own normalisation.
+
+        Raises:
+            CheckpointError: What the model or its folder says of normalisation cannot be used.
+        """
+        return cls(int(model.config.vision_config.image_size), normalisation_of(model))
+
+    @property
+    def mean(self) -> Triple:
+        """Per channel, on the scale 0..255."""
+        return self.normalisation.pixel_mean
+
+    @property
+    def std(self) -> Triple:
+        """Per channel, on the scale 0..255."""
+        return self.normalisation.pixel_std
+
+    def __call__(self, image: np.ndarray) -> tuple[Tensor, Geometry]:
+        """Resizes, normalises and pads.
+
+        Args:
+            image: ``(H, W, 3)`` uint8 RGB.
+
+        Returns:
+            ``(1, 3, S, S)`` float32 with zeros (after normalisation) at the right and bottom, and the geometry.
+
+        Raises:
+            ValueError: The image has another shape or type.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+            raise ValueError(f"an image must be (H, W, 3) uint8 RGB, not {image.shape} {image.dtype}; see read_image.")
+        resized = torch.from_numpy(resize_image(image, self.image_size))
+        geometry = Geometry((image.shape[0], image.shape[1]), (resized.shape[0], resized.shape[1]))
+        return self.normalise(resized.permute(2, 0, 1)[None]), geometry
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Normalises and pads ``(B, 3, h, w)`` pixels on the scale 0..255 to ``(B, 3, S, S)`` float32."""
+        height, width = pixels.shape[-2:]
+        normalised = self.normalisation(pixels)
+        return F.pad(normalised, (0, self.image_size - width, 0, self.image_size - height)).contiguous()
+
+
+def preprocessor_config(model: SamModel) -> dict[str, Any]:
+    """``preprocessor_config.json`` for transformers' ``SamImageProcessor``, describing the same preprocessing.
+
+    Its pixels are bitwise those of :class:`Preprocessor` (where Pillow resizes; torchvision's resize rounds otherwise).
+    """
+    preprocessor = Preprocessor.for_model(model)
+    size = preprocessor.image_size
+    low_res = 4 * int(model.config.prompt_encoder_config.image_embedding_size)
+    return {
+        "do_convert_rgb": True,
+        "do_pad": True,
+        "do_resize": True,
+        "image_processor_type": "SamImageProcessor",
+        "mask_pad_size": {"height": low_res, "width": low_res},
+        "mask_size": {"longest_edge": low_res},
+        "pad_size": {"height": size, "width": size},
+        "processor_class": "SamProcessor",
+        "resample": 2,
+        "size": {"longest_edge": size},
+        **to_preprocessor(preprocessor.normalisation),
+    }
