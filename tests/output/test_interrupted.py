@@ -164,7 +164,15 @@ def test_sigterm_ends_as_an_interrupt(nano_folder, calibration_folder, tmp_path)
     assert not list(temporary.glob(f"{SPILL}*"))
 
 
-def test_a_second_signal_lets_the_cleaning_end(capfd):
+@pytest.fixture
+def not_ignored():
+    """Ctrl-C reaches the tests also where they run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_lets_the_cleaning_end(capfd, not_ignored):
     with pytest.raises(KeyboardInterrupt) as caught, interrupts():
         try:
             os.kill(os.getpid(), signal.SIGINT)
