@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carsam.pack.bits import pack_codes, packed_size, unpack_codes
-from carsam.quantizers import QuantizedLayer
+from carsam.quantizers.layers import QuantizedLayer, convolution
 from carsam.quantizers.uniform import decode
 
 
 class PackedLayer(nn.Module):
-    """Linear or Conv2d from packed integer weights; its input is always quantized.
+    """Linear or (grouped) Conv2d from packed integer weights; its input is always quantized.
 
     Buffers: ``weight`` (bytes, see :mod:`carsam.pack.bits`), ``weight_scale`` (out,) float32, ``weight_zero_point``
     (out,) uint8; ``bias`` (out,) or None. ``weight`` is one-dimensional whatever the bits: loaded by transformers
@@ -23,7 +23,7 @@ class PackedLayer(nn.Module):
         shape: Shape of the float weight.
         weight_bits: Bits of a code.
         input_quantizer: Quantizer of the input.
-        conv: Conv2d's stride, padding and dilation; None for a Linear.
+        conv: Conv2d's stride, padding, dilation and groups; None for a Linear.
         bias: Whether there is one.
         device: Where the buffers are made.
     """
@@ -51,11 +51,8 @@ class PackedLayer(nn.Module):
     @classmethod
     def like(cls, layer: nn.Linear | nn.Conv2d, weight_bits: int, input_quantizer: nn.Module) -> PackedLayer:
         """An empty packed layer in the place of a float layer."""
-        conv = None
-        if isinstance(layer, nn.Conv2d):
-            conv = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        device = layer.weight.device
-        return cls(tuple(layer.weight.shape), weight_bits, input_quantizer, conv, layer.bias is not None, device)
+        shape, bias = tuple(layer.weight.shape), layer.bias is not None
+        return cls(shape, weight_bits, input_quantizer, convolution(layer), bias, layer.weight.device)
 
     @classmethod
     def from_quantized(cls, layer: QuantizedLayer) -> PackedLayer:

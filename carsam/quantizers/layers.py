@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,8 +13,34 @@ from carsam.quantizers.simulation import current
 from carsam.quantizers.uniform import decode, encode
 
 
+def convolution(source: nn.Linear | nn.Conv2d) -> dict[str, Any] | None:
+    """What ``conv2d`` takes beside input, weight and bias: stride, padding, dilation, groups; None for a Linear.
+
+    Raises:
+        TypeError: The layer is neither, or pads otherwise than by numbers of zeros.
+    """
+    if isinstance(source, nn.Linear):
+        return None
+    # Subclasses as well, but not ConvTranspose2d, whose weight has its output channels elsewhere.
+    if not isinstance(source, nn.Conv2d):
+        raise TypeError(f"only Linear and Conv2d layers can be quantized, not {type(source).__name__}")
+    if source.padding_mode != "zeros":
+        raise TypeError(f"only zero-padded Conv2d layers can be quantized, not padding_mode={source.padding_mode!r}")
+    if isinstance(source.padding, str):
+        raise TypeError(
+            f"a Conv2d with padding={source.padding!r} cannot be quantized; build it with the number of zeros at each "
+            "side (a kernel of k pads (k - 1) // 2 for 'same', 0 for 'valid')"
+        )
+    return {
+        "stride": source.stride,
+        "padding": source.padding,
+        "dilation": source.dilation,
+        "groups": source.groups,
+    }
+
+
 class QuantizedLayer(nn.Module):
-    """A Linear or Conv2d being quantized; it takes over the float layer's parameters under the same names.
+    """A Linear or (grouped) Conv2d being quantized; it takes over the float layer's parameters under the same names.
 
     Life of the weights: floating point → grid fitted (:meth:`fit_weight`) → rounding learned or nearest →
     :meth:`freeze`, after which ``weight`` holds ``scale · (codes − zero_point)`` and ``codes`` the integers.
@@ -21,6 +49,9 @@ class QuantizedLayer(nn.Module):
         source: The float layer.
         weight_bits: Bits of a weight code (2 to 8, or 16 for floating point).
         input_quantizer: Quantizer of the layer's input.
+
+    Raises:
+        TypeError: As :func:`convolution`.
     """
 
     def __init__(self, source: nn.Linear | nn.Conv2d, weight_bits: int, input_quantizer: nn.Module):
@@ -28,11 +59,7 @@ class QuantizedLayer(nn.Module):
         self.weight, self.bias = source.weight, source.bias
         self.weight_bits = weight_bits
         self.input_quantizer = input_quantizer
-        self.conv = None
-        if isinstance(source, nn.Conv2d):
-            if source.groups != 1 or source.padding_mode != "zeros":
-                raise TypeError("only ungrouped, zero-padded Conv2d layers can be quantized")
-            self.conv = {"stride": source.stride, "padding": source.padding, "dilation": source.dilation}
+        self.conv = convolution(source)
         self.weight_scale: Tensor | None = None
         self.weight_zero_point: Tensor | None = None
         self.codes: Tensor | None = None
