@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from carsam import errors
 from carsam.pack.registration import register_on_import
+from carsam.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from carsam.config import BitPlan, Bits, CalibrationConfig, QuantizeConfig
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from carsam.predict.predictor import SamPredictor
     from carsam.predict.segment_anything import as_segment_anything
     from carsam.prompts.calibration import CalibrationImage, CalibrationSet, calibration_set
-
-__version__ = "0.1.0"
 
 # Threads that wait must sleep, not spin: beside any other busy process, OpenMP's spinning makes the thousands of small
 # operations here up to a hundred times slower. Read when torch is loaded; of no effect where it already is.

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-import carsam
 from carsam.commands.common import errors_for_people, show_warnings
 from carsam.commands.streams import prepare_streams
+from carsam.version import __version__
 
 # In the order of the help. A new command is a module in carsam/commands and its name here.
 COMMANDS = ("quantize", "evaluate", "predict", "compare", "diagnose", "report", "info", "methods", "push")
@@ -51,7 +51,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"carsam {carsam.__version__}")
+        typer.echo(f"carsam {__version__}")
         raise typer.Exit()
 
 

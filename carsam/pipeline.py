@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from transformers import SamModel
 
-import carsam
 from carsam.calibrate.cache import CacheSpace
 from carsam.calibrate.ranges import calibrate
 from carsam.config import BitPlan, QuantizeConfig
 from carsam.data.images.normalisation import Normalisation, named_normalisation, normalisation_of, set_normalisation
+from carsam.device import resolve_device
 from carsam.errors import CarsamError, CheckpointError, ConfigError
 from carsam.methods.base import Method, create
-from carsam.models.load import load_model, resolve_device
+from carsam.models.load import load_model
 from carsam.models.prepare import prepare_model
 from carsam.models.sites import Sites, find_sites
 from carsam.output.checks import base_ingredients, check_equal, check_space, ingredients
@@ -42,6 +42,7 @@ from carsam.run.memory import peak_memory
 from carsam.run.progress import Stages
 from carsam.run.store import UnitStore, fingerprint
 from carsam.run.walk import Progress, Walk, WalkReport, fit_weights, quantized_layers
+from carsam.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def quantize(
             quantized, report = _quantize(reference, sites, run, data, store, space, progress, stages)
 
             recipe = {
-                "carsam_version": carsam.__version__,
+                "carsam_version": __version__,
                 "model": "" if isinstance(model, SamModel) else str(model),
                 **config.to_dict(),
                 "settings": run.method.to_dict(),

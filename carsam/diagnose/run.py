@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from carsam.device import resolve_device
 from carsam.diagnose.examples import choose, draw, score
 from carsam.diagnose.folder import FOLDER, check_target, write_folder
 from carsam.diagnose.oscillation import oscillation
@@ -20,7 +21,6 @@ from carsam.diagnose.results import Diagnosis
 from carsam.diagnose.sensitivity import MAX_IMAGES, sensitivity
 from carsam.diagnose.site_values import weight_results
 from carsam.errors import CheckpointError
-from carsam.models.load import resolve_device
 from carsam.pack.source import packed_folder
 from carsam.prompts.samples import FLOAT_MASKS, GROUND_TRUTH, calibration_data, read_samples
 from carsam.quantizers import simulate

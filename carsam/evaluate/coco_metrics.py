@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import SamModel
 
 from carsam.data.images.transforms import Geometry, Preprocessor
+from carsam.device import resolve_device
 from carsam.errors import CheckpointError, ConfigError, DataError, DeviceError
 from carsam.evaluate.average_precision import OFFICIAL_CAP, Precision, Prediction, Rle, average_precision
 from carsam.evaluate.ground_truth import GroundTruth
 from carsam.evaluate.intervals import mean_interval
 from carsam.evaluate.journal import Journal, Journals, evaluation_parts
 from carsam.evaluate.scores import CocoResult, ImageScore, few_objects_note, score_text
-from carsam.models.load import resolve_device
 from carsam.predict.predictor import encode_image, predict_logits
 from carsam.prompts.evaluation import Prompt, box_prompts
 

@@ -9,14 +9,15 @@ import torch
 from transformers import SamModel
 
 from carsam.data.images.normalisation import HUB_ID, named_normalisation, set_normalisation
-from carsam.errors import CheckpointError, DeviceError
+from carsam.device import resolve_device
+from carsam.errors import CheckpointError
 from carsam.models.files.hub import hub_folder
 from carsam.models.files.torch import mappings, read_torch_file
 from carsam.models.files.weights import read_tensors
 from carsam.models.sam.meta import find_meta_state, read_meta_file, sam_from_meta, why_not_sam
 from carsam.models.transformers_folder import CONFIG, HUB_EXAMPLE, OUR_ANCHOR, load_folder, quiet_transformers
 
-__all__ = ["is_hub_id", "load_model", "quiet_transformers", "resolve_device"]
+__all__ = ["is_hub_id", "load_model", "quiet_transformers"]
 
 META_SUFFIXES = (".pth", ".pt")
 
@@ -66,39 +67,6 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu", normal
 def is_hub_id(name: str) -> bool:
     """Whether a source that is not on disk can be a Hub id: ``owner/name``, and no checkpoint file's ending."""
     return not name.lower().endswith(META_SUFFIXES) and HUB_ID.fullmatch(name) is not None
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device for a request, checked to be there.
-
-    Args:
-        device: "auto" (a GPU when there is one, else the CPU), or what ``torch.device`` takes.
-
-    Raises:
-        DeviceError: Not a device, not available, or a kind that carsam does not run on.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise DeviceError(f"{device!r} is not a device; use cpu, cuda, cuda:0 or auto.") from error
-    if resolved.type == "cpu":
-        return resolved
-    if resolved.type == "cuda":
-        if not torch.cuda.is_available():
-            why = "sees no GPU" if torch.version.cuda or torch.version.hip else "is built for the CPU only"
-            raise DeviceError(
-                f"device {device} is not available: this PyTorch ({torch.__version__}) {why}. Use cpu or auto, or "
-                "install a CUDA build of PyTorch and its driver."
-            )
-        found = torch.cuda.device_count()
-        if resolved.index is not None and resolved.index >= found:
-            raise DeviceError(f"device {device} is not available: GPUs here are cuda:0 to cuda:{found - 1}.")
-        return resolved
-    if resolved.type == "mps" and torch.backends.mps.is_available():
-        return resolved
-    raise DeviceError(f"device {device} is not available here; use cpu, cuda or auto.")
 
 
 def _load_file(path: Path) -> SamModel:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import SamModel
 
-import carsam
 from carsam.config import BitPlan, QuantizeConfig
 from carsam.errors import CarsamError
 from carsam.methods.base import Method
@@ -19,6 +18,7 @@ from carsam.output.target import Output
 from carsam.pack.checkpoint import packed_state
 from carsam.prompts.calibration import CalibrationSet
 from carsam.run.store import code_fingerprint, config_fingerprint, model_fingerprint, versions
+from carsam.version import __version__
 
 
 def base_ingredients(model: SamModel, data: CalibrationSet, seed: int, device: torch.device) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def ingredients(
         "bits": config.bits,
         "bits for sites": dict(config.overrides),
         **{f"setting {name}": value for name, value in _flat(method.to_dict()).items()},
-        "carsam": carsam.__version__,
+        "carsam": __version__,
         **base_ingredients(model, data, config.calibration.seed, device),
     }
 

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import SamModel
 
-import carsam
 from carsam.data.images.transforms import preprocessor_config
 from carsam.errors import CarsamError, CheckpointError
 from carsam.models.sites import find_sites
@@ -40,6 +39,7 @@ from carsam.pack.layout import describe
 from carsam.pack.model_card import base_licence, model_card, with_id, with_tags
 from carsam.pack.quantization_config import NOTICE, CarsamQuantizationConfig
 from carsam.reading import read_json, read_text, read_yaml
+from carsam.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -143,7 +143,7 @@ def _quantization_config(model: SamModel, recipe: dict[str, Any]) -> CarsamQuant
         describe(model, find_sites(model)),
         bits=str(recipe.get("bits", "")),
         method=str(recipe.get("method", "")),
-        carsam_version=str(recipe.get("carsam_version") or carsam.__version__),
+        carsam_version=str(recipe.get("carsam_version") or __version__),
     )
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.sam.modeling_sam import SamVisionAttention
 
-from carsam.errors import CheckpointError, ConfigError, DeviceError
-from carsam.models.load import is_hub_id, load_model, resolve_device
+from carsam.errors import CheckpointError, ConfigError
+from carsam.models.load import is_hub_id, load_model
 from carsam.models.sam.meta import TWO_WAY_EPS, state_dict_to_meta
 from carsam.models.sam.random import random_sam
 
@@ -300,36 +300,6 @@ def test_unreachable_hub(monkeypatch):
 )
 def test_hub_id(name, expected):
     assert is_hub_id(name) is expected
-
-
-# --- devices ---
-
-
-@pytest.mark.parametrize("request_", ["cpu", torch.device("cpu")])
-def test_cpu(request_):
-    assert resolve_device(request_) == torch.device("cpu")
-
-
-@pytest.mark.parametrize(("gpu", "expected"), [(False, "cpu"), (True, "cuda")])
-def test_auto(monkeypatch, gpu, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert resolve_device("auto").type == expected
-
-
-@pytest.mark.parametrize(
-    ("device", "gpus", "message"),
-    [
-        ("cuda", 0, "not available: this PyTorch .*Use cpu or auto"),
-        ("cuda:3", 2, "GPUs here are cuda:0 to cuda:1"),
-        ("gpu", 0, "is not a device"),
-        ("meta", 0, "not available here"),
-    ],
-)
-def test_device_that_is_not_there(monkeypatch, device, gpus, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(DeviceError, match=message):
-        load_model(NANO, device=device)
 
 
 # --- random models ---
