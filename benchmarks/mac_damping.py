@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 import carsam
+from carsam.bits.plan import BitPlan
 from carsam.compensate import mac
-from carsam.config import BitPlan, QuantizeConfig
+from carsam.config import QuantizeConfig
 from carsam.methods import car_sam
 
 LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0)

@@ -17,7 +17,8 @@ from carsam.pack.registration import register_on_import
 from carsam.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from carsam.config import BitPlan, Bits, CalibrationConfig, QuantizeConfig
+    from carsam.bits.plan import BitPlan, Bits
+    from carsam.config import CalibrationConfig, QuantizeConfig
     from carsam.data.images.reading import read_image
     from carsam.evaluate.coco_metrics import CocoResult, evaluate_coco
     from carsam.models.load import load_model
@@ -36,8 +37,8 @@ register_on_import()
 
 # Where each public name is defined: imported when it is first used (PEP 562). Type checkers read the imports above.
 _PLACES = {
-    "BitPlan": "carsam.config",
-    "Bits": "carsam.config",
+    "BitPlan": "carsam.bits.plan",
+    "Bits": "carsam.bits.plan",
     "CalibrationConfig": "carsam.config",
     "CalibrationImage": "carsam.prompts.calibration",
     "CalibrationSet": "carsam.prompts.calibration",

@@ -3,98 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from fnmatch import fnmatchcase
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from carsam.bits.plan import BitPlan
 from carsam.errors import ConfigError
 
-if TYPE_CHECKING:
-    from carsam.models.sites import Sites  # imports transformers, which may be importing this module
-
 MAX_BOXES = 1000
-SUPPORTED_BITS = (*range(2, 9), 16)
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Bits of weights and activations; 16 means "left in floating point". Written ``w4a4``."""
-
-    weights: int
-    activations: int
-
-    def __post_init__(self):
-        for value in (self.weights, self.activations):
-            if value not in SUPPORTED_BITS:
-                raise ConfigError(f"{value} bits are not supported; choose from {', '.join(map(str, SUPPORTED_BITS))}.")
-
-    @classmethod
-    def parse(cls, text: str) -> Bits:
-        """Reads ``w4a4``, ``W6A8``.
-
-        Raises:
-            ConfigError: The text is not of that form, or the bits are not supported.
-        """
-        text = text.strip() if isinstance(text, str) else text
-        match = re.fullmatch(r"w([0-9]{1,9})a([0-9]{1,9})", text.lower()) if isinstance(text, str) else None
-        if match is None:
-            raise ConfigError(
-                f"cannot read the bits {text!r}; write weights and activations as w4a4, w6a6, w8a8, w4a8."
-            )
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"w{self.weights}a{self.activations}"
-
-
-@dataclass(frozen=True)
-class BitPlan:
-    """Bits of every site: a default and overrides by site pattern, the last match wins.
-
-    Attributes:
-        default: For all sites.
-        overrides: ``(pattern, bits)`` pairs. The pattern is a shell pattern over site names: a layer's path
-            (``mask_decoder.*``, ``*.mlp.lin2``) sets its weights and input, an attention operand
-            (``*.probs``, ``vision_encoder.layers.0.attn.key``) that activation.
-    """
-
-    default: Bits
-    overrides: tuple[tuple[str, Bits], ...] = ()
-
-    @classmethod
-    def parse(cls, bits: str, overrides: dict[str, str] | None = None) -> BitPlan:
-        """From text: ``parse("w4a4", {"*.probs": "w4a8"})``."""
-        return cls(Bits.parse(bits), tuple((k, Bits.parse(v)) for k, v in (overrides or {}).items()))
-
-    def check(self, sites: Sites) -> None:
-        """Refuses overrides that match nothing.
-
-        Raises:
-            ConfigError: A pattern matches no site (a typo would otherwise pass in silence).
-        """
-        for pattern, _ in self.overrides:
-            if not any(fnmatchcase(name, pattern) for name in sites.names):
-                raise ConfigError(
-                    f"the bit setting {pattern!r} matches no site; site names look like "
-                    f"{sites.linears[0].name!r} or {sites.attentions[-1].operand('probs')!r}."
-                )
-
-    def _bits(self, *names: str) -> Bits:
-        found = self.default
-        for pattern, bits in self.overrides:
-            if any(fnmatchcase(name, pattern) for name in names):
-                found = bits
-        return found
-
-    def weight_bits(self, layer: str) -> int:
-        """Bits of a layer's weights."""
-        return self._bits(layer).weights
-
-    def activation_bits(self, site: str) -> int:
-        """Bits of an activation site; a layer's own path stands for its input as well."""
-        return self._bits(site, site.removesuffix(".input")).activations
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from transformers import SamModel
 
+from carsam.bits.plan import BitPlan
 from carsam.calibrate.cache import CacheSpace
 from carsam.calibrate.ranges import calibrate
-from carsam.config import BitPlan, QuantizeConfig
+from carsam.config import QuantizeConfig
 from carsam.data.images.normalisation import Normalisation, named_normalisation, normalisation_of, set_normalisation
 from carsam.device import resolve_device
 from carsam.errors import CarsamError, CheckpointError, ConfigError

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import SamModel
 
+from carsam.bits.plan import BitPlan, Bits
 from carsam.calibrate.ranges import calibrate
-from carsam.config import BitPlan, Bits
 from carsam.data.images.normalisation import named_normalisation, normalisation_of, set_normalisation
 from carsam.errors import CheckpointError
 from carsam.methods.base import Method, create

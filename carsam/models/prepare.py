@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 from transformers import SamModel
 
-from carsam.config import BitPlan
+from carsam.bits.plan import BitPlan
 from carsam.models.attention import MatMulQuantizers, QuantizedVisionAttention, attach_matmul_quantizers
 from carsam.models.sites import AttentionSite, Sites, replace_module
 from carsam.quantizers import QuantizedLayer

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import SamModel
 
-from carsam.config import BitPlan, QuantizeConfig
+from carsam.bits.plan import BitPlan
+from carsam.config import QuantizeConfig
 from carsam.errors import CarsamError
 from carsam.methods.base import Method
 from carsam.models.sites import Sites

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import SamModel
 
-from carsam.config import SUPPORTED_BITS
+from carsam.bits.plan import SUPPORTED_BITS
 from carsam.errors import CheckpointError
 from carsam.models.attention import MatMulQuantizers
 from carsam.models.prepare import attach_attention

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from carsam.bits.plan import BitPlan
 from carsam.calibrate.observers import RangeRecorder
 from carsam.compensate.mac import (
     MacSettings,
@@ -14,7 +15,6 @@ from carsam.compensate.mac import (
     split_heads,
     with_ones,
 )
-from carsam.config import BitPlan
 from carsam.errors import ConfigError
 from carsam.methods.base import Method
 from carsam.models.prepare import prepare_model

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from carsam.bits.plan import BitPlan
 from carsam.calibrate.cache import CacheSpace
 from carsam.calibrate.observers import RangeRecorder
-from carsam.config import BitPlan
 from carsam.errors import ConfigError
 from carsam.methods.base import Method
 from carsam.models.prepare import prepare_model

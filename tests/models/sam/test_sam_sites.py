@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from carsam.config import BitPlan, Bits, QuantizeConfig
+from carsam.bits.plan import BitPlan, Bits
+from carsam.config import QuantizeConfig
 from carsam.errors import CheckpointError, ConfigError
 from carsam.methods.base import Method
 from carsam.models.prepare import prepare_model
