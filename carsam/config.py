@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from carsam.bits.plan import BitPlan
 from carsam.errors import ConfigError
+from carsam.settings import build
 
 MAX_BOXES = 1000
 
@@ -77,56 +76,6 @@ class QuantizeConfig:
         """Reads what :meth:`to_dict` wrote.
 
         Raises:
-            ConfigError: A key is unknown.
+            ConfigError: A setting is unknown, of another type, or out of range.
         """
         return build(cls, values)
-
-
-def build(cls: type, values: Any, where: str = "") -> Any:
-    """Builds a (nested) frozen settings dataclass from plain mappings.
-
-    Raises:
-        ConfigError: A key is unknown, with the keys that exist.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where.rstrip('.') or cls.__name__} must be a mapping of settings, not {values!r}.")
-    hints = get_type_hints(cls)
-    known = {f.name for f in fields(cls) if f.init}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ConfigError(f"unknown setting {where + str(unknown[0])!r}; choose from {', '.join(sorted(known))}.")
-    arguments = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if is_dataclass(hint) and not is_dataclass(value):
-            value = build(hint, value, f"{where}{name}.")
-        arguments[name] = _typed(value, hint, f"{where}{name}")
-    return cls(**arguments)
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """Checks a plain value against a field's type; whole numbers become floats where floats are meant.
-
-    Raises:
-        ConfigError: It is of another type.
-    """
-    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    for choice in choices:
-        kind = get_origin(choice) or choice
-        if kind is float and type(value) is int:
-            return float(value)
-        if kind is tuple and isinstance(value, (list, tuple)):
-            inner = get_args(choice)
-            if len(inner) != 2 or inner[1] is not Ellipsis:
-                return tuple(value)
-            return tuple(_typed(item, inner[0], f"{where}[{index}]") for index, item in enumerate(value))
-        # A bool is an int to Python, but "steps: yes" is a slip.
-        if kind is Any or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
-            if kind is float and not math.isfinite(value):
-                break
-            if get_args(choice) == (str, str) and not all(isinstance(v, str) for v in (*value, *value.values())):
-                break
-            return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "nothing"}
-    expected = " or ".join(words.get(choice, str(choice)) for choice in choices)
-    raise ConfigError(f"the setting {where!r} must be {expected}, not {value!r}.")

@@ -25,13 +25,13 @@ from typing import Any, ClassVar
 from torch import nn
 
 from carsam.calibrate.observers import OBSERVERS
-from carsam.config import build
 from carsam.errors import ConfigError
 from carsam.models.sites import Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import SOFTMAX_GRIDS, ActivationQuantizer
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.units import Unit
+from carsam.settings import build
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 from transformers import SamModel
 
-from carsam.config import CalibrationConfig, QuantizeConfig, build
+from carsam.config import CalibrationConfig, QuantizeConfig
 from carsam.errors import CarsamError, ConfigError
 from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.evaluate.ground_truth import GroundTruth
@@ -39,6 +39,7 @@ from carsam.reading import read_json
 from carsam.run.comparison_table import FLOAT, METRICS, ComparisonResult, Measurement, Published
 from carsam.run.store import code_fingerprint, config_fingerprint, fingerprint, model_fingerprint, versions
 from carsam.run.walk import Progress
+from carsam.settings import build
 
 logger = logging.getLogger(__name__)
 
@@ -78,46 +79,24 @@ class Comparison:
     published: tuple[Published, ...] = ()
     normalise: str | None = None
 
+    def __post_init__(self):
+        for name in ("rows", "bits", "seeds"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must be a list with at least one entry.")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Comparison:
         """From the mappings of a recipe file.
 
         Raises:
-            ConfigError: A key is missing or unknown.
+            ConfigError: A setting is missing, unknown, of another type, or out of range.
         """
-        missing = [key for key in ("model", "calibration", "coco", "images", "rows") if key not in values]
-        if missing:
-            raise ConfigError(f"the comparison lacks {missing[0]!r}.")
-        rows = _listed(Row, values["rows"], "rows", ("name", "method"))
-        if not rows:
-            raise ConfigError("rows must hold at least one row with a name and a method.")
-        published = _listed(Published, values.get("published", []), "published", ("name", "bits", "segm_ap", "source"))
-        values = {"bits": ("w4a4",), "seeds": (0,), **values, "rows": rows, "published": published}
-        for key in ("bits", "seeds"):
-            if not isinstance(values[key], (list, tuple)) or not values[key]:
-                raise ConfigError(f"{key} must be a list with at least one entry, not {values[key]!r}.")
-            values[key] = tuple(values[key])
         comparison = build(cls, values)
-        for row in rows:
+        for row in comparison.rows:
             create(row.method, row.settings)
-        for bits in (*comparison.bits, *(p.bits for p in published if p.bits != FLOAT)):
+        for bits in (*comparison.bits, *(p.bits for p in comparison.published if p.bits != FLOAT)):
             QuantizeConfig(bits=bits).bit_plan()
         return comparison
-
-
-def _listed(kind: type, entries: Any, where: str, needed: tuple[str, ...]) -> tuple[Any, ...]:
-    """Settings dataclasses from a recipe's list of mappings.
-
-    Raises:
-        ConfigError: It is no list of mappings, or a key is missing or unknown.
-    """
-    if not isinstance(entries, (list, tuple)):
-        raise ConfigError(f"{where} must be a list whose entries have {', '.join(needed)}, not {entries!r}.")
-    for entry in entries:
-        lacking = [key for key in needed if not isinstance(entry, dict) or key not in entry]
-        if lacking:
-            raise ConfigError(f"the entry {entry!r} of {where} lacks {lacking[0]!r}.")
-    return tuple(build(kind, entry, f"{where}.") for entry in entries)
 
 
 def compare(
