@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from transformers import SamModel
 from carsam.diagnose.measures import dead_rows, entropy, focus_overlap, kl_divergence
 from carsam.diagnose.results import AttentionResult, Dissipation
 from carsam.models.sites import Sites
+from carsam.quantizers.sampling import odd_step_within
 
 # Softmax outputs of one head that are kept from one pass. A global attention of ViT-B at 1024 px has 16 times as many;
 # every 17th query then stands for all of them.
@@ -69,9 +69,7 @@ class MapRecorder:
 
 def query_stride(queries: int, keys: int) -> int:
     """Step between the queries that are kept."""
-    stride = math.ceil(queries * keys / MAP_ELEMENTS)
-    # An odd step walks through all columns of the image instead of seeing the same ones again.
-    return stride if stride == 1 else stride | 1
+    return odd_step_within(queries * keys, MAP_ELEMENTS)
 
 
 def valid_queries(stage: nn.Module, height: int, width: int) -> Tensor | None:

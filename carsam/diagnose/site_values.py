@@ -15,7 +15,8 @@ from carsam.diagnose.results import Histogram, SiteValues, WeightResult
 from carsam.methods.base import Method
 from carsam.models.sites import OPERANDS, Sites
 from carsam.pack.layers import PackedLayer
-from carsam.quantizers import SiteQuantizer, UniformSoftmax
+from carsam.quantizers import SiteQuantizer, SoftmaxQuantizer
+from carsam.quantizers.sampling import strided
 from carsam.transform.bimodal import count_modes
 
 BINS = 64
@@ -45,9 +46,7 @@ class _Seen:
                 clipped &= values > quantizer.scale
             self.clipped += int(clipped.sum())
         self.count += values.numel()
-        flat = values.detach().flatten()
-        # An odd stride walks through all channels instead of seeing the same ones again.
-        self.samples.append(flat[:: max(1, flat.numel() // SAMPLE_SIZE) | 1].to("cpu", torch.float32).clone())
+        self.samples.append(strided(values.detach(), SAMPLE_SIZE).to("cpu", torch.float32).clone())
 
 
 class ValueRecorder:
@@ -84,8 +83,8 @@ class ValueRecorder:
 
         handles = []
         for name, module in self._quantizers.items():
-            # The uniform softmax hands P to a quantizer of its own: no second softmax is needed to see it.
-            quantizer = module.quantizer if isinstance(module, UniformSoftmax) else module
+            # A softmax may hand P to a quantizer of its own: no second softmax is needed to see it.
+            quantizer = _site_quantizer(module) or module
             is_softmax = name.endswith(".probs") and quantizer is module
             handles.append(quantizer.register_forward_pre_hook(hook_for(name, quantizer, is_softmax)))
         try:
@@ -126,12 +125,16 @@ def histogram(sample: Tensor, low: float, high: float, bins: int = BINS) -> Hist
 
 def grid_ends(quantizer: nn.Module) -> tuple[float | None, float | None]:
     """Least and largest value of a site's grid; (None, None) where groups of channels or rows have their own."""
-    inner = quantizer.quantizer if isinstance(quantizer, UniformSoftmax) else quantizer
-    if not isinstance(inner, SiteQuantizer) or inner.scale.dim() > 0:
+    inner = _site_quantizer(quantizer)
+    if inner is None or inner.scale.dim() > 0:
         return None, None
     far = torch.tensor([-FAR, FAR], device=inner.scale.device)
     low, high = inner.round(far, inner.scale).tolist()
     return low, high
+
+
+def _site_quantizer(quantizer: nn.Module) -> SiteQuantizer | None:
+    return quantizer.site_quantizer() if isinstance(quantizer, SoftmaxQuantizer) else quantizer
 
 
 def weight_results(pair: Pair) -> tuple[WeightResult, ...]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-
 from carsam.errors import ConfigError
 from carsam.methods.qdrop import QDrop
 from carsam.models.sites import Sites
-from carsam.quantizers import GroupedQuantizer, HybridQuantizer
+from carsam.quantizers import GroupedQuantizer, HybridQuantizer, SiteQuantizer
 from carsam.reconstruct.units import Unit
 
 # Inputs of attentions' projections and of MLPs' first layers; inputs of MLPs' second layers.
@@ -44,7 +42,7 @@ class AhcPtq(QDrop):
         parts.append("projections per group of input channels" if self.groups > 1 else "")
         return "; ".join(part for part in parts if part)
 
-    def quantizer_for(self, site: str, bits: int) -> nn.Module:
+    def quantizer_for(self, site: str, bits: int) -> SiteQuantizer:
         if self.hybrid and site.endswith(HYBRID):
             return HybridQuantizer(bits)
         if self.groups > 1 and site.endswith(GROUPED):

@@ -12,23 +12,22 @@ units              what is reconstructed, in execution order              none (
 prepare_unit       changes to a unit when its turn comes                  none
 =================  =====================================================  ==========================
 
-A new method is one new module in this folder.
+A new method is one new module in this folder, or in a package that announces itself (see :mod:`carsam.plugins`).
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from torch import nn
 
-from carsam.calibrate.observers import OBSERVERS
 from carsam.errors import ConfigError
 from carsam.models.sites import Sites
+from carsam.plugins import named_subclasses
 from carsam.prompts.calibration import CalibrationSet
-from carsam.quantizers import SOFTMAX_GRIDS, ActivationQuantizer
+from carsam.quantizers import ActivationQuantizer, SiteQuantizer, SoftmaxQuantizer, softmax_grids
+from carsam.quantizers.ranges import OBSERVERS
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.units import Unit
 from carsam.settings import build
@@ -41,7 +40,8 @@ class Method:
     Attributes:
         weight_observer: ``mse`` or ``min-max``.
         activation_observer: ``mse``, ``min-max``, ``moving-average`` or ``percentile``.
-        softmax: Grid of softmax outputs: ``uniform``, ``row-max`` or ``log2``.
+        softmax: Grid of softmax outputs, one of :func:`carsam.quantizers.softmax_grids` (``uniform``, ``row-max``,
+            ``log2`` and what plugins bring).
     """
 
     name: ClassVar[str] = ""
@@ -54,8 +54,8 @@ class Method:
     def __post_init__(self):
         choices = (
             ("weight_observer", ("mse", "min-max")),
-            ("activation_observer", OBSERVERS),
-            ("softmax", tuple(SOFTMAX_GRIDS)),
+            ("activation_observer", tuple(OBSERVERS)),
+            ("softmax", tuple(softmax_grids())),
         )
         for setting, allowed in choices:
             value = getattr(self, setting)
@@ -65,15 +65,16 @@ class Method:
     @property
     def notes(self) -> str:
         """What a table must say of the method's grids where they are not uniform, per tensor; empty otherwise."""
-        return {"log2": "P in log2 codes", "row-max": "P in row-maximum codes"}.get(self.softmax, "")
+        note = softmax_grids()[self.softmax].note
+        return f"P in {note}" if note else ""
 
-    def quantizer_for(self, site: str, bits: int) -> nn.Module:
+    def quantizer_for(self, site: str, bits: int) -> SiteQuantizer:
         """Quantizer of an activation site (a layer's input, or query, key, value of an attention)."""
         return ActivationQuantizer(bits)
 
-    def softmax_for(self, site: str, bits: int) -> nn.Module:
+    def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
         """Softmax with quantized output for an attention."""
-        return SOFTMAX_GRIDS[self.softmax](bits)
+        return softmax_grids()[self.softmax](bits)
 
     def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
         """Changes the float model in place before it is quantized; returns reports, plain mappings."""
@@ -111,20 +112,12 @@ class Method:
 
 
 def registry() -> dict[str, type[Method]]:
-    """All methods by name: every subclass with a name, from every module of this folder."""
-    import carsam.methods as package
+    """All methods by name: those of this folder, of plugins, and of every subclass that Python knows.
 
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-
-    found: dict[str, type[Method]] = {}
-    pending = list(Method.__subclasses__())
-    while pending:
-        cls = pending.pop()
-        pending += cls.__subclasses__()
-        if cls.__dict__.get("name"):
-            found[cls.name] = cls
-    return dict(sorted(found.items()))
+    Raises:
+        ConfigError: Two methods have one name.
+    """
+    return named_subclasses(Method, "name", "carsam.methods", what="method")
 
 
 def create(name: str, settings: dict[str, Any] | None = None) -> Method:

@@ -14,8 +14,8 @@ from carsam.errors import CheckpointError
 from carsam.pack.folder import CHECKSUMS, CONFIG, WEIGHTS, read_header, verify
 from carsam.pack.layers import PackedLayer
 from carsam.pack.source import complete
-from carsam.quantizers import GroupedQuantizer, HybridQuantizer, Log2Softmax, SiteQuantizer
-from carsam.quantizers.uniform import qmax
+from carsam.quantizers.affine import qmax
+from carsam.quantizers.grid import Grid
 
 # No published SAM comes near; 2**15 to the power of four still fits in 64 bits, so shapes cannot overflow.
 _LARGEST_SIDE, _MOST_MODULES = 2**15, 256
@@ -132,21 +132,7 @@ def _fault(module: nn.Module) -> str:
         if not _positive(module.weight_scale):
             return "no usable scale"
         return "no usable zero point" if int(module.weight_zero_point.max()) > qmax(module.weight_bits) else ""
-    if not isinstance(module, SiteQuantizer) or module.bits >= 16:
-        return ""
-    if not _positive(module.scale):
-        return "no usable scale"
-    zero_point = getattr(module, "zero_point", None)
-    if zero_point is not None and int(zero_point.max()) > qmax(module.bits):
-        return "no usable zero point"
-    if isinstance(module, GroupedQuantizer) and (
-        module.group.numel() == 0 or int(module.group.max()) >= module.scale.numel()
-    ):
-        return "no usable groups"
-    if isinstance(module, HybridQuantizer):
-        finite = bool(torch.isfinite(module.split) & torch.isfinite(module.offset))
-        return "" if finite and bool(module.split > module.offset) else "no usable split"
-    return "no usable granularity" if isinstance(module, Log2Softmax) and int(module.tau) not in module.TAUS else ""
+    return module.fault() if isinstance(module, Grid) else ""
 
 
 def _positive(scale: torch.Tensor) -> bool:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carsam.pack.bits import pack_codes, packed_size, unpack_codes
+from carsam.quantizers.affine import decode
 from carsam.quantizers.layers import QuantizedLayer, convolution
-from carsam.quantizers.uniform import decode
 
 
 class PackedLayer(nn.Module):

@@ -18,12 +18,11 @@ from carsam.models.attention import MatMulQuantizers
 from carsam.models.prepare import attach_attention
 from carsam.models.sites import OPERANDS, Sites, find_sites, replace_module
 from carsam.pack.layers import PackedLayer
-from carsam.quantizers import ACTIVATION_GRIDS, SOFTMAX_GRIDS, QuantizedLayer, SiteQuantizer
+from carsam.quantizers import QuantizedLayer, SiteQuantizer, activation_grids, softmax_grids
+from carsam.quantizers.grid import Grid
 
 # More than any model has: ViT-H has 179 layers.
 MOST_SITES = 20_000
-# What a grid's description may hold beside its name and bits, with the largest value.
-GRID_ARGUMENTS = {"grouped": {"groups": 256, "channels": 2**20}}
 
 
 def describe(model: SamModel, sites: Sites) -> dict[str, Any]:
@@ -57,30 +56,31 @@ def check_layout(layout: Any) -> dict[str, Any]:
     layers, attentions = parts
     if len(layers) + len(attentions) > MOST_SITES:
         raise _wrong("layout", "it names more sites than any model has")
+    of_activations, of_softmax = activation_grids(), softmax_grids()
     for name, spec in layers.items():
         if not isinstance(spec, Mapping) or set(spec) != {"weight", "input"}:
             raise _wrong(name, "a layer has weight and input")
         _check_bits(name, spec["weight"])
-        _check_grid(f"{name}.input", spec["input"], ACTIVATION_GRIDS)
+        _check_grid(f"{name}.input", spec["input"], of_activations)
     for name, operands in attentions.items():
         if not isinstance(operands, Mapping) or set(operands) != set(OPERANDS):
             raise _wrong(name, f"an attention has {', '.join(OPERANDS)}")
         for which, spec in operands.items():
-            _check_grid(f"{name}.{which}", spec, SOFTMAX_GRIDS if which == "probs" else ACTIVATION_GRIDS)
+            _check_grid(f"{name}.{which}", spec, of_softmax if which == "probs" else of_activations)
     return layout
 
 
-def _check_grid(name: str, spec: Any, grids: Mapping[str, type[nn.Module]]) -> None:
+def _check_grid(name: str, spec: Any, grids: Mapping[str, type[Grid]]) -> None:
     if not isinstance(spec, Mapping) or not isinstance(spec.get("grid"), str):
         raise _wrong(name, "a grid has a name and bits")
     grid = spec["grid"]
     if grid not in grids:
         raise CheckpointError(
             f"the packed model uses the grid {grid[:60]!r}, which this version of carsam does not know "
-            f"(it knows {', '.join(grids)}); install a newer carsam."
+            f"(it knows {', '.join(grids)}); install a newer carsam, or the package that brings this grid."
         )
     _check_bits(name, spec.get("bits"))
-    allowed = GRID_ARGUMENTS.get(grid, {})
+    allowed = grids[grid].arguments
     for key, value in spec.items():
         if key in ("grid", "bits"):
             continue
@@ -97,11 +97,11 @@ def _wrong(name: str, why: str) -> CheckpointError:
     return CheckpointError(f"config.json describes {str(name)[:120]} wrongly: {why}; get the packed folder again.")
 
 
-def _build(spec: dict[str, Any], grids: dict[str, type[nn.Module]]) -> nn.Module:
+def _build(spec: dict[str, Any], grids: Mapping[str, type[Grid]]) -> nn.Module:
     arguments = {name: value for name, value in spec.items() if name != "grid"}
     try:
         return grids[spec["grid"]](**arguments, always=True)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"config.json describes the grid {spec} wrongly: {error}; get it again.") from None
 
 
@@ -120,17 +120,18 @@ def build_packed(model: SamModel, layout: dict[str, Any]) -> None:
             f"the packed folder's config.json does not fit its model: unexpected or missing "
             f"{', '.join(str(name)[:120] for name in sorted(unknown)[:3])}."
         )
+    of_activations, of_softmax = activation_grids(), softmax_grids()
     for name, spec in layout["layers"].items():
         layer = model.get_submodule(name)
-        quantizer = _build(spec["input"], ACTIVATION_GRIDS)
+        quantizer = _build(spec["input"], of_activations)
         if spec["weight"] >= 16:
             packed = QuantizedLayer(layer, spec["weight"], quantizer)
         else:
             packed = PackedLayer.like(layer, spec["weight"], quantizer)
         replace_module(model, name, packed)
     for name, specs in layout["attentions"].items():
-        operands = [_build(specs[which], ACTIVATION_GRIDS) for which in OPERANDS[:3]]
-        probs = _build(specs["probs"], SOFTMAX_GRIDS)
+        operands = [_build(specs[which], of_activations) for which in OPERANDS[:3]]
+        probs = _build(specs["probs"], of_softmax)
         attach_attention(model, attentions[name], MatMulQuantizers(*operands, probs))
 
 

@@ -35,16 +35,17 @@ from carsam.pack.folder import (
     read_mapping,
     sha256,
 )
+from carsam.pack.layers import PackedLayer
 from carsam.pack.layout import describe
 from carsam.pack.model_card import base_licence, model_card, with_id, with_tags
 from carsam.pack.quantization_config import NOTICE, CarsamQuantizationConfig
+from carsam.quantizers.grid import Grid
 from carsam.reading import read_json, read_text, read_yaml
 from carsam.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-KEEP_FLOAT32 = (".scale", ".weight_scale", ".split", ".offset")
 _MOST_RESULTS, _MOST_CARD = 256 * 2**20, 2**20
 
 
@@ -93,17 +94,29 @@ def packed_state(model: SamModel) -> dict[str, torch.Tensor]:
     """
     state = {}
     tied = set(model._tied_weights_keys or ())
+    exact = _exact(model)
     for name, value in model.state_dict().items():
         if name in tied:
             continue
         value = value.detach().cpu()
-        if value.is_floating_point() and not name.endswith(KEEP_FLOAT32):
+        if value.is_floating_point() and name not in exact:
             half = value.to(torch.float16)
             if not bool(torch.isfinite(half).all()):
                 raise CheckpointError(f"{name} holds values beyond the range of FP16; it cannot be stored.")
             value = half
         state[name] = value.contiguous()
     return state
+
+
+def _exact(model: SamModel) -> set[str]:
+    """Names of the tensors that stay as they are: the buffers of grids, and the scales of weights."""
+    names = set()
+    for path, module in model.named_modules():
+        if isinstance(module, Grid):
+            names.update(f"{path}.{name}" for name, _ in module.named_buffers(recurse=False))
+        elif isinstance(module, PackedLayer):
+            names.add(f"{path}.weight_scale")
+    return names
 
 
 def write_packed(model: SamModel, folder: Path, facts: Facts) -> None:

@@ -1,18 +1,22 @@
-"""Grids, rounding, and the layers that use them."""
+"""Grids, rounding, and the layers that use them.
+
+A new grid is one new module in this folder, or in any package that announces itself (see :mod:`carsam.plugins`): a
+:class:`SiteQuantizer` for activations, a :class:`SoftmaxQuantizer` for softmax outputs.
+"""
 
 from carsam.quantizers.grouped import GroupedQuantizer
 from carsam.quantizers.hybrid import HybridQuantizer
 from carsam.quantizers.layers import QuantizedLayer
+from carsam.quantizers.registry import activation_grids, softmax_grids
 from carsam.quantizers.simulation import Simulation, current, simulate
 from carsam.quantizers.site import SiteQuantizer
-from carsam.quantizers.softmax import SOFTMAX_GRIDS, Log2Softmax, RowMaximumSoftmax, UniformSoftmax
+from carsam.quantizers.softmax import SoftmaxQuantizer
+from carsam.quantizers.softmax_log2 import Log2Softmax
+from carsam.quantizers.softmax_row_maximum import RowMaximumSoftmax
+from carsam.quantizers.softmax_uniform import UniformSoftmax
 from carsam.quantizers.uniform import ActivationQuantizer
 
-ACTIVATION_GRIDS = {kind.grid: kind for kind in (ActivationQuantizer, GroupedQuantizer, HybridQuantizer)}
-
 __all__ = [
-    "ACTIVATION_GRIDS",
-    "SOFTMAX_GRIDS",
     "ActivationQuantizer",
     "GroupedQuantizer",
     "HybridQuantizer",
@@ -21,7 +25,10 @@ __all__ = [
     "RowMaximumSoftmax",
     "Simulation",
     "SiteQuantizer",
+    "SoftmaxQuantizer",
     "UniformSoftmax",
+    "activation_grids",
     "current",
     "simulate",
+    "softmax_grids",
 ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from carsam.quantizers.affine import grid_from_range, qmax
+from carsam.quantizers.ranges import observed_grid
+from carsam.quantizers.record import SAMPLE_SIZE, Record
+from carsam.quantizers.sampling import step_for
 from carsam.quantizers.site import SiteQuantizer
-from carsam.quantizers.uniform import qmax
 
 GROUPS = 4
 
@@ -30,6 +33,8 @@ class GroupedQuantizer(SiteQuantizer):
     """
 
     grid = "grouped"
+    note = "per group of channels"
+    arguments: ClassVar[dict[str, int]] = {"groups": 256, "channels": 2**20}
 
     def __init__(self, bits: int, *, always: bool = False, groups: int = GROUPS, channels: int = 0):
         super().__init__(bits, always=always)
@@ -42,6 +47,16 @@ class GroupedQuantizer(SiteQuantizer):
     def spec(self) -> dict[str, Any]:
         extra = {"groups": self.groups, "channels": self.group.numel()} if self.bits < 16 else {}
         return {**super().spec(), **extra}
+
+    def record(self) -> ChannelRecord:
+        return ChannelRecord()
+
+    def fault(self) -> str:
+        fault = super().fault()
+        if fault or self.bits >= 16:
+            return fault
+        usable = self.group.numel() > 0 and int(self.group.max()) < self.scale.numel()
+        return "" if usable else "no usable groups"
 
     def set_grid(self, scale: Tensor, zero_point: Tensor, group: Tensor) -> None:
         """Sets the groups' steps and zero points, (groups,) each, and the channels' groups, (channels,)."""
@@ -69,6 +84,42 @@ class GroupedQuantizer(SiteQuantizer):
 
     def decode(self, codes: Tensor) -> Tensor:
         return (codes.float() - self._zeros()) * self.step_along(codes)
+
+
+class ChannelRecord(Record):
+    """Each channel's ends in every pass, and a sample of rows."""
+
+    def __init__(self) -> None:
+        self.lows: list[Tensor] = []
+        self.highs: list[Tensor] = []
+        self.samples: list[Tensor] = []
+
+    @property
+    def seen(self) -> bool:
+        return bool(self.highs)
+
+    def update(self, values: Tensor, **_: Any) -> None:
+        """Takes the values of one forward pass (..., channels)."""
+        rows = values.detach().flatten(0, -2)
+        low, high = rows.aminmax(dim=0)
+        self.lows.append(low.cpu())
+        self.highs.append(high.cpu())
+        self.samples.append(rows[:: step_for(rows.numel(), SAMPLE_SIZE)].to("cpu", torch.float32).clone())
+
+    def fit(self, quantizer: GroupedQuantizer, observer: str) -> None:
+        """Groups channels by their ranges, and gives each group the grid that the observer makes of its values."""
+        lows, highs, sample = torch.stack(self.lows), torch.stack(self.highs), torch.cat(self.samples)
+        group = group_channels(lows.amin(0), highs.amax(0), quantizer.groups)
+        grids = []
+        for index in range(quantizer.groups):
+            members = group == index
+            if not bool(members.any()):
+                grids.append(grid_from_range(torch.tensor(0.0), torch.tensor(1.0), quantizer.bits))
+                continue
+            ends = lows[:, members].amin(1).float(), highs[:, members].amax(1).float()
+            grids.append(observed_grid(observer, *ends, sample[:, members].flatten(), quantizer.bits))
+        scales, zeros = zip(*grids)
+        quantizer.set_grid(torch.stack(scales), torch.stack(zeros), group)
 
 
 def group_channels(low: Tensor, high: Tensor, groups: int, *, rounds: int = 50) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from carsam.quantizers.record import SiteRecord
+from carsam.quantizers.sampling import even_ranks
 from carsam.quantizers.site import SiteQuantizer
 
 # Values that stand for a site in the search of its grid.
@@ -50,12 +52,23 @@ class HybridQuantizer(SiteQuantizer):
     """
 
     grid = "log-uniform"
+    note = "log-uniform"
 
     def __init__(self, bits: int, *, always: bool = False):
         super().__init__(bits, always=always)
         if bits < 16:
             self.register_buffer("split", torch.tensor(1.0))
             self.register_buffer("offset", torch.tensor(0.0))
+
+    def record(self) -> HybridRecord:
+        return HybridRecord()
+
+    def fault(self) -> str:
+        fault = super().fault()
+        if fault or self.bits >= 16:
+            return fault
+        usable = torch.isfinite(self.split) & torch.isfinite(self.offset) & (self.split > self.offset)
+        return "" if bool(usable) else "no usable split"
 
     def set_grid(self, scale: Tensor, split: Tensor, offset: Tensor) -> None:
         """Sets the step of the uniform zone, and split and foot in steps (scalars)."""
@@ -86,6 +99,15 @@ class HybridQuantizer(SiteQuantizer):
         return (log * width + uniform + self.offset) * self.scale
 
 
+class HybridRecord(SiteRecord):
+    """The record of a site with a log-uniform grid."""
+
+    def fit(self, quantizer: HybridQuantizer, observer: str) -> None:
+        """Searches foot, split and top for the least squared error, whatever the observer."""
+        ends = torch.tensor(min(self.lows)), torch.tensor(max(self.highs))
+        quantizer.set_grid(*search_hybrid(self.sample, *ends, quantizer.bits))
+
+
 def search_hybrid(sample: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """The log-uniform grid of least squared error on a sample: foot, split and top are searched.
 
@@ -103,7 +125,7 @@ def search_hybrid(sample: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple
         return torch.tensor(1e-8), torch.tensor(1.0), torch.tensor(0.0)
     # Evenly spaced ranks instead of a histogram: bins of equal width are too coarse for the log zone.
     ranked = sample.float().sort().values
-    values = ranked[torch.linspace(0, len(ranked) - 1, min(len(ranked), SEARCH_VALUES)).round().long()]
+    values = even_ranks(ranked, SEARCH_VALUES)
 
     feet = low * torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]) if low < 0 else torch.zeros(1)
     tops, shares = torch.logspace(-1.3, 0, 12), torch.logspace(-2.5, -0.1, 24)

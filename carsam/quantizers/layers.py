@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from carsam.quantizers.affine import decode, encode
 from carsam.quantizers.rounding import SoftRound, initial_alpha, rounding_span, weight_grid
 from carsam.quantizers.simulation import current
-from carsam.quantizers.uniform import decode, encode
 
 
 def convolution(source: nn.Linear | nn.Conv2d) -> dict[str, Any] | None:

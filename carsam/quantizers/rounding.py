@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from carsam.quantizers.uniform import decode, encode, grid_from_range, qmax
+from carsam.quantizers.affine import decode, encode, grid_from_range, qmax
 
 # The stretch of AdaRound's rectified sigmoid (ICML 2020, equation 23).
 ZETA, GAMMA = 1.1, -0.1

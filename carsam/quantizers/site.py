@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from carsam.quantizers.affine import qmax
+from carsam.quantizers.grid import Grid
+from carsam.quantizers.record import Record
 from carsam.quantizers.simulation import current, keep_mask
 
 
@@ -52,21 +55,19 @@ def _products(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return (a * b).flatten(0, -2).sum(0)
 
 
-class SiteQuantizer(nn.Module):
+class SiteQuantizer(Grid):
     """Quantizer of one activation site.
 
     The grid is a fixed set of values times ``scale``. Buffer ``scale`` (float32) is NaN until a grid is set. While a
     unit is reconstructed, :meth:`learn_scale` replaces it by a parameter; :meth:`settle` writes it back.
 
-    Subclasses give the grid (:meth:`round`, :meth:`position`), what decides it beside the scale (further buffers), and
-    the codes that the packed form stands for (:meth:`encode`, :meth:`decode`).
+    Subclasses give the grid (:meth:`round`, :meth:`position`), what decides it beside the scale (further buffers), how
+    it is calibrated (:meth:`record`), and the codes that the packed form stands for (:meth:`encode`, :meth:`decode`).
 
     Args:
         bits: Bits of a code, 2 to 8; 16 leaves the site in floating point.
         always: Quantize regardless of the simulation (packed models).
     """
-
-    grid: ClassVar[str] = ""
 
     def __init__(self, bits: int, *, always: bool = False):
         super().__init__()
@@ -77,9 +78,9 @@ class SiteQuantizer(nn.Module):
         if bits < 16:
             self.register_buffer("scale", torch.tensor(float("nan")))
 
-    def spec(self) -> dict[str, Any]:
-        """What ``config.json`` says of the site: ``grid``, and the arguments that build its quantizer again."""
-        return {"grid": self.grid, "bits": self.bits}
+    def record(self) -> Record:
+        """A fresh record: what calibration keeps of the site's values and makes a grid of."""
+        raise NotImplementedError
 
     def round(self, x: Tensor, scale: Tensor) -> Tensor:
         """The values of the grid that ``x`` is quantized to; a new tensor."""
@@ -101,6 +102,15 @@ class SiteQuantizer(nn.Module):
     def is_calibrated(self) -> bool:
         """Whether a grid has been set."""
         return self.bits >= 16 or bool(torch.isfinite(self.scale).all())
+
+    def fault(self) -> str:
+        if self.bits >= 16:
+            return ""
+        usable = self.scale.numel() > 0 and bool((torch.isfinite(self.scale) & (self.scale > 0)).all())
+        if not usable:
+            return "no usable scale"
+        zero_point = getattr(self, "zero_point", None)
+        return "no usable zero point" if zero_point is not None and int(zero_point.max()) > qmax(self.bits) else ""
 
     def clipped(self, x: Tensor) -> Tensor:
         """Boolean tensor of the elements that lie beyond the grid by more than half a step; all False at 16 bits."""

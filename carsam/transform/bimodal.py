@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from carsam.models.sites import Sites
 from carsam.prompts.calibration import CalibrationSet
+from carsam.quantizers.sampling import strided
 
 # PTQ4SAM's rule: density at 128 points, a peak is at least 0.01 of their sum high and 32 points away from the next.
 POINTS, PEAK_HEIGHT, PEAK_DISTANCE = 128, 0.01, 32
@@ -28,10 +29,7 @@ def density(values: Tensor, points: int = POINTS) -> tuple[Tensor, Tensor]:
     Returns:
         ``(grid, density)``, each (points,) float64.
     """
-    flat = values.detach().flatten()
-    # An odd stride walks through all channels instead of seeing the same ones again.
-    stride = max(1, flat.numel() // SAMPLE_SIZE) | 1 if flat.numel() > SAMPLE_SIZE else 1
-    sample = flat[::stride].double().cpu()
+    sample = strided(values.detach(), SAMPLE_SIZE).double().cpu()
     grid = torch.linspace(sample.min().item(), sample.max().item(), points, dtype=torch.float64)
     width = max(sample.std().item(), 1e-12) * sample.numel() ** -0.2
     kernels = torch.exp(-0.5 * ((grid[:, None] - sample) / width).square_())
@@ -111,8 +109,7 @@ def integrate_bimodal_keys(model: nn.Module, sites: Sites, data: CalibrationSet)
         rows = keys.flatten(0, -2).float()
         sums[name] = sums[name] + rows.sum(0, dtype=torch.float64)
         counts[name] += len(rows)
-        share = max(1, rows.numel() // (SAMPLE_SIZE // max(1, len(data.images)) + 1))
-        samples[name].append(rows.flatten()[:: share | 1].cpu())
+        samples[name].append(strided(rows, SAMPLE_SIZE // max(1, len(data.images)) + 1).cpu())
 
     handles = [
         model.get_submodule(name).k_proj.register_forward_hook(lambda _m, _a, out, name=name: see(name, out))

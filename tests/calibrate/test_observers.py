@@ -8,14 +8,16 @@ from torch import nn
 
 from carsam.calibrate.cache import CacheSpace
 from carsam.calibrate.capture import capture_call
-from carsam.calibrate.observers import RangeRecorder, SiteRecord, mse_grid
+from carsam.calibrate.observers import RangeRecorder
 from carsam.errors import ConfigError
 from carsam.quantizers import ActivationQuantizer
-from carsam.quantizers.uniform import decode, encode, grid_from_range
+from carsam.quantizers.affine import decode, encode, grid_from_range
+from carsam.quantizers.ranges import mse_grid
+from carsam.quantizers.uniform import UniformRecord
 
 
 def record(*passes):
-    site = SiteRecord()
+    site = UniformRecord()
     for values in passes:
         site.update(torch.as_tensor(values))
     return site
@@ -28,14 +30,14 @@ def span(grid, bits):
 
 def test_min_max_sees_all_passes_and_moving_average_their_mean():
     site = record([-1.0, 2.0], [-3.0, 6.0])
-    assert span(site.grid(8, "min-max"), 8) == pytest.approx((-3, 6), abs=0.03)
-    assert span(site.grid(8, "moving-average"), 8) == pytest.approx((-2, 4), abs=0.03)
+    assert span(site.uniform_grid(8, "min-max"), 8) == pytest.approx((-3, 6), abs=0.03)
+    assert span(site.uniform_grid(8, "moving-average"), 8) == pytest.approx((-2, 4), abs=0.03)
 
 
 def test_percentile_ignores_a_lone_outlier():
     values = torch.linspace(-1, 1, 16000)
     values[5] = 100.0
-    assert span(record(values).grid(8, "percentile"), 8)[1] < 1.1
+    assert span(record(values).uniform_grid(8, "percentile"), 8)[1] < 1.1
 
 
 def squared_error(x, grid, bits):
@@ -55,13 +57,13 @@ def test_mse_beats_min_max(seed, bits, tail):
 
 def test_constant_and_one_sided_sites_have_a_grid():
     for values in (torch.zeros(10), torch.rand(100) + 1, -torch.rand(100)):
-        scale, zero = record(values).grid(4, "mse")
+        scale, zero = record(values).uniform_grid(4, "mse")
         assert scale > 0 and 0 <= zero <= 15
 
 
 def test_unknown_observer_names_the_choices():
     with pytest.raises(ConfigError, match="min-max"):
-        record([1.0]).grid(4, "median")
+        record([1.0]).uniform_grid(4, "median")
 
 
 def test_recorder_sees_its_modules_only_and_misses_are_errors():

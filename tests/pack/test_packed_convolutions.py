@@ -9,8 +9,8 @@ from torch import nn
 from carsam.pack.bits import packed_size
 from carsam.pack.layers import PackedLayer
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
+from carsam.quantizers.affine import decode, encode
 from carsam.quantizers.rounding import weight_grid
-from carsam.quantizers.uniform import decode, encode
 
 CONVOLUTIONS = {
     "plain": {"in_channels": 6, "out_channels": 4, "kernel_size": 3, "padding": 1},

@@ -17,8 +17,8 @@ from torch import nn
 
 from carsam.calibrate.cache import CacheSpace
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
+from carsam.quantizers.affine import decode, encode
 from carsam.quantizers.rounding import SoftRound, rectified_sigmoid, weight_grid
-from carsam.quantizers.uniform import decode, encode
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData, optimise
 from carsam.reconstruct.units import Unit
 

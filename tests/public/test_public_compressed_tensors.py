@@ -11,9 +11,9 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_q
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from carsam.pack.bits import pack_codes, unpack_codes
+from carsam.quantizers.affine import decode, encode, grid_from_range
 from carsam.quantizers.grouped import GroupedQuantizer
 from carsam.quantizers.rounding import weight_grid
-from carsam.quantizers.uniform import decode, encode, grid_from_range
 
 BITS = (2, 3, 4, 6, 8)
 

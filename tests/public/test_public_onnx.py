@@ -14,8 +14,8 @@ from onnx.reference import ReferenceEvaluator
 from carsam.pack.bits import pack_codes
 from carsam.pack.layers import PackedLayer
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer
+from carsam.quantizers.affine import decode, encode
 from carsam.quantizers.rounding import weight_grid
-from carsam.quantizers.uniform import decode, encode
 
 # bits: ONNX's type, numpy's type. Bits without a type of their own are UINT8 with a Clip in a QDQ graph.
 TYPES = {

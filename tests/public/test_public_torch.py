@@ -9,12 +9,13 @@ from torch.ao.quantization import (
     PerChannelMinMaxObserver,
 )
 
-from carsam.calibrate.observers import PERCENTILE, SiteRecord
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
+from carsam.quantizers.affine import decode, encode, grid_from_range, qmax
 from carsam.quantizers.grouped import GroupedQuantizer
+from carsam.quantizers.ranges import PERCENTILE
 from carsam.quantizers.rounding import weight_grid
 from carsam.quantizers.site import FakeQuantize
-from carsam.quantizers.uniform import decode, encode, grid_from_range, qmax
+from carsam.quantizers.uniform import UniformRecord
 
 BITS = (2, 4, 6, 8)
 
@@ -130,7 +131,7 @@ def test_lsq_gradients_of_groups(bits, activations):
 
 
 def record(passes):
-    site = SiteRecord()
+    site = UniformRecord()
     for values in passes:
         site.update(values)
     return site
@@ -148,7 +149,7 @@ def test_min_max_observer(bits, shift, activations):
     observer = MinMaxObserver(dtype=torch.quint8, quant_min=0, quant_max=qmax(bits), eps=1e-8)
     for values in passes:
         observer(values)
-    assert_same_grid(record(passes).grid(bits, "min-max"), observer.calculate_qparams())
+    assert_same_grid(record(passes).uniform_grid(bits, "min-max"), observer.calculate_qparams())
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -159,7 +160,7 @@ def test_moving_average_observer(bits, activations):
     for k, values in enumerate(passes, start=1):
         observer.averaging_constant = 1 / k
         observer(values)
-    assert_same_grid(record(passes).grid(bits, "moving-average"), observer.calculate_qparams())
+    assert_same_grid(record(passes).uniform_grid(bits, "moving-average"), observer.calculate_qparams())
 
 
 def test_percentile_is_torchs_quantile():
@@ -167,7 +168,7 @@ def test_percentile_is_torchs_quantile():
     low, high = (torch.quantile(x, q, interpolation="nearest") for q in (1 - PERCENTILE, PERCENTILE))
     assert low > x.min() and high < x.max()
     site = record([x[:8001], x[8001:]])
-    for ours, theirs in zip(site.grid(4, "percentile"), grid_from_range(low, high, 4)):
+    for ours, theirs in zip(site.uniform_grid(4, "percentile"), grid_from_range(low, high, 4)):
         assert torch.equal(ours, theirs)
 
 
@@ -182,7 +183,7 @@ def test_mse_observer_is_no_worse_than_the_histogram_observer():
     def error(scale, zero):
         return (decode(encode(x, scale, zero, 8), scale, zero) - x).square().sum()
 
-    ours, full = error(*record([x]).grid(8, "mse")), error(*record([x]).grid(8, "min-max"))
+    ours, full = error(*record([x]).uniform_grid(8, "mse")), error(*record([x]).uniform_grid(8, "min-max"))
     assert ours < full
     assert ours <= 1.01 * error(scale, zero)
 

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from carsam.calibrate.observers import RangeRecorder
 from carsam.quantizers import GroupedQuantizer, HybridQuantizer, Log2Softmax, SiteQuantizer, simulate
+from carsam.quantizers.affine import decode, encode, grid_from_range
 from carsam.quantizers.grouped import group_channels
 from carsam.quantizers.hybrid import round_hybrid, search_hybrid, zone_size
 from carsam.quantizers.site import FakeQuantize
-from carsam.quantizers.softmax import round_log2
-from carsam.quantizers.uniform import decode, encode, grid_from_range
+from carsam.quantizers.softmax_log2 import round_log2
 
 CHANNELS = 6
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
+from carsam.quantizers.affine import decode, encode
 from carsam.quantizers.rounding import SoftRound, initial_alpha, rectified_sigmoid, rounding_span, weight_grid
-from carsam.quantizers.uniform import decode, encode
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carsam.quantizers import ActivationQuantizer, RowMaximumSoftmax, UniformSoftmax, current, simulate
+from carsam.quantizers.affine import decode, encode, grid_from_range, qmax
 from carsam.quantizers.simulation import keep_mask
 from carsam.quantizers.site import FakeQuantize
-from carsam.quantizers.uniform import decode, encode, grid_from_range, qmax
 
 ranges = st.tuples(st.floats(-50, 50), st.floats(-50, 50)).map(sorted)
 

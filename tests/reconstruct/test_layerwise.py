@@ -11,7 +11,7 @@ from carsam.methods.base import create
 from carsam.models.prepare import prepare_model
 from carsam.models.sites import find_sites
 from carsam.quantizers import QuantizedLayer, simulate
-from carsam.quantizers.uniform import encode
+from carsam.quantizers.affine import encode
 from carsam.reconstruct.layerwise import execution_order, optimise_layers
 from carsam.reconstruct.optimize import UnitData, relative_errors
 from carsam.reconstruct.units import encoder_units, first_stage_input, run_unit

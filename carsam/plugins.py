@@ -1,0 +1,113 @@
+"""Parts that are found instead of listed: modules of a folder, and packages that announce themselves.
+
+A package announces itself in its ``pyproject.toml``; the module it names is imported once, and defining a method or a
+grid there is all that is needed::
+
+    [project.entry-points.carsam]
+    my-grids = "my_package.grids"
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import pkgutil
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from carsam.errors import ConfigError
+
+GROUP = "carsam"
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+_loaded: set[tuple[str, str]] = set()
+
+
+def load_plugins() -> None:
+    """Imports what installed packages announce under the entry-point group ``carsam``, each once.
+
+    A plugin that cannot be imported is left out with a warning: everything else goes on without it.
+    """
+    for entry in _announced():
+        key = (entry.name, entry.value)
+        if key in _loaded:
+            continue
+        # Noted before it is imported: a plugin may ask for a registry itself.
+        _loaded.add(key)
+        try:
+            entry.load()
+        except Exception as error:  # whatever a stranger's module does when it is imported
+            logger.warning(
+                "the plugin %s (%s)%s cannot be loaded and is left out: %s: %s",
+                entry.name,
+                entry.value,
+                _distribution(entry),
+                type(error).__name__,
+                error,
+            )
+
+
+@functools.cache
+def _announced() -> tuple[EntryPoint, ...]:
+    # Reading what every installed package says of itself takes milliseconds; registries are asked often.
+    return tuple(entry_points(group=GROUP))
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f" of the package {entry.dist.name}" if entry.dist is not None else ""
+
+
+def import_modules(package: str) -> None:
+    """Imports every module of a package's folder."""
+    folder = importlib.import_module(package)
+    for module in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(f"{package}.{module.name}")
+
+
+def named_subclasses(
+    base: type[T],
+    attribute: str,
+    package: str,
+    *,
+    what: str,
+    counts: Callable[[type[Any]], bool] = lambda _cls: True,
+) -> dict[str, type[T]]:
+    """All subclasses that carry a name of their own, wherever they are defined.
+
+    Args:
+        base: Their common base.
+        attribute: Class attribute that holds the name; inherited ones do not count.
+        package: Package whose modules are imported first; plugins are loaded as well.
+        what: What they are, for messages.
+        counts: Whether a class counts.
+
+    Returns:
+        Classes by name, in the order of the names. Of a class that was defined again (a notebook's cell run twice) it
+        is the last.
+
+    Raises:
+        ConfigError: Two of them have one name.
+    """
+    import_modules(package)
+    load_plugins()
+    found: dict[str, type[T]] = {}
+    pending = list(base.__subclasses__())
+    for cls in pending:  # grows while it is gone through
+        pending += [below for below in cls.__subclasses__() if below not in pending]
+        name = cls.__dict__.get(attribute)
+        if not name or not counts(cls):
+            continue
+        if name in found and _place(found[name]) != _place(cls):
+            raise ConfigError(
+                f"two {what}s are called {name!r}: {_place(found[name])} and {_place(cls)}; rename one of them, or "
+                "uninstall the package that brings it."
+            )
+        found[name] = cls
+    return dict(sorted(found.items()))
+
+
+def _place(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
