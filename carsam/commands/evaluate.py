@@ -68,7 +68,8 @@ def evaluate(
 
     An interrupted evaluation goes on where it stopped when the same command is given again.
     """
-    from carsam.evaluate.journal import Journals, cache_folder
+    from carsam.evaluate.journal import Journals
+    from carsam.output.user_cache import cache_folder
     from carsam.pack.checkpoint import is_packed
 
     detections = renamed("--detections", detections, quiet=quiet, boxes=boxes)

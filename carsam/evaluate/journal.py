@@ -19,27 +19,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-import platformdirs
 import torch
 from torch import nn
 
 from carsam.output.lock import InUseError, locked
+from carsam.output.user_cache import CACHE_VARIABLE
 from carsam.run.store import fingerprint, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "CARSAM_CACHE"
 _LINES, _ABOUT, _LOCK = "images.jsonl", "about.json", "lock"
 # Nobody goes on with an evaluation of last month; its journal would stay for ever.
 _KEPT_SECONDS = 30 * 24 * 3600
 _KEY, _CHECKSUM = 32, 16
 _PACKAGES = ("torch", "transformers", "numpy", "pillow", "pycocotools")
-
-
-def cache_folder() -> Path:
-    """Where carsam keeps what it can compute again: ``$CARSAM_CACHE``, or the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else platformdirs.user_cache_path("carsam")
 
 
 class Journals:

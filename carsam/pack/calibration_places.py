@@ -12,6 +12,7 @@ from typing import Any
 
 from carsam.errors import CarsamError
 from carsam.output.files import write_json
+from carsam.output.user_cache import cache_folder
 from carsam.pack.folder import portable
 from carsam.reading import read_json
 
@@ -44,8 +45,6 @@ def recalled(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _note_path(recipe: Mapping[str, Any]) -> Path | None:
-    from carsam.evaluate.journal import cache_folder
-
     fingerprint = recipe.get("calibration_fingerprint")
     if not isinstance(fingerprint, str) or not fingerprint.isalnum() or len(fingerprint) > 128:
         return None

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from carsam.errors import DataError
-from carsam.evaluate import coco_metrics, journal, points
+from carsam.evaluate import coco_metrics, points
 from carsam.evaluate.coco_metrics import evaluate_coco
-from carsam.evaluate.journal import Journals, cache_folder
+from carsam.evaluate.journal import Journals
 from carsam.evaluate.points import evaluate_points
 
 EVALUATION = Path(__file__).parents[2] / "embedded" / "images" / "evaluation"
@@ -226,10 +226,3 @@ def test_old_journals_go_and_nothing_else(nano, data, tmp_path):
     with Journals(folder) as journals:
         evaluate_coco(nano, *data, limit=1, journals=journals)
     assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted(others)
-
-
-def test_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv(journal.CACHE_VARIABLE, str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv(journal.CACHE_VARIABLE)
-    assert cache_folder().name == "carsam"

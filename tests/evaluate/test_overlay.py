@@ -25,6 +25,15 @@ def test_overlay_tints_inside_and_leaves_outside():
     assert picture[5, 5].tolist() == [100, 100, 100]
 
 
+def test_lines_are_wider_on_large_pictures_and_end_at_the_edge():
+    mask = np.zeros((400, 1000), dtype=bool)
+    mask[:, :500] = True
+    picture = overlay(np.full((400, 1000, 3), 100, dtype=np.uint8), mask, (255, 0, 0))
+    row = [picture[0, x].tolist() for x in (0, 495, 496, 499, 500, 503, 504)]
+    inside, outside = [170, 55, 55], [100, 100, 100]
+    assert row == [inside, inside, [255, 0, 0], [255, 0, 0], [255, 255, 255], [255, 255, 255], outside]
+
+
 def test_box_is_drawn():
     picture = overlay(GREY, np.zeros((60, 80), dtype=bool), (0, 255, 0), box=[10, 10, 70, 50])
     assert picture[10, 12].tolist() == [0, 255, 0]

@@ -32,7 +32,7 @@ def test_distance_by_brute_force(height, width, share, seed):
     expected = np.zeros((height, width))
     for y, x in np.argwhere(region):
         expected[y, x] = np.sqrt(((outside - [y, x]) ** 2).sum(1).min())
-    assert np.allclose(distance_to_boundary(region), expected)
+    assert np.array_equal(distance_to_boundary(region), expected)
 
 
 def test_deepest_point():
