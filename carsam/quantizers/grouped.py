@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -128,26 +129,20 @@ def group_channels(low: Tensor, high: Tensor, groups: int, *, rounds: int = 50) 
     Args:
         low, high: (channels,) ends of each channel's range.
         groups: Number of clusters.
-        rounds: Most rounds of k-means.
+        rounds: Rounds of k-means.
 
     Returns:
         (channels,) cluster of each channel, int64. Clusters may be empty where channels are fewer than clusters or
         alike.
     """
+    from scipy.cluster.vq import kmeans2  # takes a while to import
+
     points = torch.stack([low, high], dim=1).double()
     points = points / points.abs().max().clamp(min=1e-30)
     ranked = (high - low).argsort(stable=True)
     ranks = (torch.arange(groups, dtype=torch.float64) + 0.5) / groups * (len(ranked) - 1)
     centres = points[ranked[ranks.round().long()]]
-    cluster = torch.zeros(len(points), dtype=torch.int64)
-    for _ in range(rounds):
-        cluster = torch.cdist(points, centres).argmin(1)
-        moved = centres.clone()
-        for index in range(groups):
-            members = points[cluster == index]
-            if len(members):
-                moved[index] = members.mean(0)
-        if torch.equal(moved, centres):
-            break
-        centres = moved
-    return cluster
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of empty clusters, whose centres stay where they are
+        _, cluster = kmeans2(points.numpy(), centres.numpy(), iter=rounds, minit="matrix")
+    return torch.from_numpy(cluster).long()

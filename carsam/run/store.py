@@ -56,7 +56,7 @@ _AFTER_UNITS = (
     "run/comparison.py",
     "run/comparison_table.py",
 )
-_PACKAGES = ("torch", "transformers", "numpy")
+_PACKAGES = ("torch", "transformers", "numpy", "scipy")
 
 
 def fingerprint(*parts: Any) -> str:

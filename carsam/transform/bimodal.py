@@ -6,6 +6,9 @@ and the key projection by sign(mean_c K) leaves QKᵀ what it was and puts all c
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,59 +22,34 @@ POINTS, PEAK_HEIGHT, PEAK_DISTANCE = 128, 0.01, 32
 SAMPLE_SIZE = 2**13
 
 
-def density(values: Tensor, points: int = POINTS) -> tuple[Tensor, Tensor]:
+def density(values: Tensor, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
     """Gaussian kernel density with Scott's bandwidth, n^(−1/5) standard deviations.
 
     Args:
-        values: Any shape; evenly strided to at most ``SAMPLE_SIZE`` values.
+        values: (n,) values, not all alike.
         points: Points from the least to the largest value.
 
     Returns:
         ``(grid, density)``, each (points,) float64.
     """
-    sample = strided(values.detach(), SAMPLE_SIZE).double().cpu()
-    grid = torch.linspace(sample.min().item(), sample.max().item(), points, dtype=torch.float64)
-    width = max(sample.std().item(), 1e-12) * sample.numel() ** -0.2
-    kernels = torch.exp(-0.5 * ((grid[:, None] - sample) / width).square_())
-    return grid, kernels.mean(1) / (width * (2 * torch.pi) ** 0.5)
+    from scipy.stats import gaussian_kde  # takes most of a second to import
 
-
-def find_peaks(heights: Tensor, *, least: float, distance: int) -> list[int]:
-    """Local maxima at least ``least`` high, of which a higher one removes those closer than ``distance``.
-
-    The rule of ``scipy.signal.find_peaks``: ends do not count, of a plateau its middle does.
-
-    Args:
-        heights: (n,) values.
-        least: Least height of a peak.
-        distance: Least distance between peaks, in points.
-
-    Returns:
-        Positions, ascending.
-    """
-    values = heights.tolist()
-    peaks, start = [], 1
-    while start < len(values) - 1:
-        end = start
-        while end + 1 < len(values) and values[end + 1] == values[start]:
-            end += 1
-        if end < len(values) - 1 and values[start - 1] < values[start] > values[end + 1] and values[start] >= least:
-            peaks.append((start + end) // 2)
-        start = end + 1
-    kept: list[int] = []
-    for peak in sorted(peaks, key=lambda position: values[position], reverse=True):
-        if all(abs(peak - other) >= distance for other in kept):
-            kept.append(peak)
-    return sorted(kept)
+    sample = values.double().cpu().numpy()
+    grid = np.linspace(sample.min(), sample.max(), points)
+    return grid, gaussian_kde(sample)(grid)
 
 
 def count_modes(values: Tensor) -> int:
-    """Number of modes of some values by PTQ4SAM's rule; at least 1."""
-    flat = values.detach().flatten()
-    if flat.numel() < 2 or bool(flat.max() == flat.min()):
+    """Number of modes of some values (any shape) by PTQ4SAM's rule; at least 1."""
+    from scipy.signal import find_peaks
+
+    sample = strided(values.detach(), SAMPLE_SIZE).double()
+    spread = (sample.max() - sample.min()).item() if sample.numel() else 0.0
+    if not 0 < spread < math.inf:
         return 1
-    _, heights = density(flat)
-    return max(1, len(find_peaks(heights, least=PEAK_HEIGHT * heights.sum().item(), distance=PEAK_DISTANCE)))
+    _, heights = density(sample)
+    peaks, _ = find_peaks(heights, height=PEAK_HEIGHT * heights.sum(), distance=PEAK_DISTANCE)
+    return max(1, len(peaks))
 
 
 def channel_signs(means: Tensor) -> Tensor:

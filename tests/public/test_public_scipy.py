@@ -1,8 +1,7 @@
-"""scipy's least squares and k-means; its Sylvester solver, density and peaks are in tests/transform."""
+"""scipy's least squares; its Sylvester solver is in tests/compensate. Density, peaks and k-means are scipy's own."""
 
 import numpy as np
 import pytest
-import scipy.cluster.vq
 import scipy.linalg
 import torch
 
@@ -13,7 +12,6 @@ from carsam.compensate.closed_form import (
     compensate_value,
     damping,
 )
-from carsam.quantizers.grouped import group_channels
 
 SAMPLES, TOKENS, KEYS, HEADS, D_IN, D_HEAD = 3, 7, 9, 2, 5, 4
 
@@ -60,16 +58,3 @@ def test_value_compensation_is_the_least_squares_solution(queries):
         system = np.concatenate([mixed, root * np.eye(D_IN)])
         expected = scipy.linalg.lstsq(system, np.concatenate([missing, np.zeros((D_IN, D_HEAD))]))[0]
         np.testing.assert_allclose(ours[head].numpy(), expected, rtol=1e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_channel_groups_are_k_means(seed):
-    """From the same start: centres at even ranks of the width."""
-    width = normal(64, seed=seed).exp() * torch.logspace(-1, 1, 4, dtype=torch.float64).repeat(16)
-    low, high = -width * torch.rand(64, generator=torch.Generator().manual_seed(seed)).double(), width
-    points = torch.stack([low, high], 1) / width.max()
-    ranked = (high - low).argsort(stable=True)[[8, 24, 39, 55]]  # (i + ½) / 4 of 63, rounded
-    centres, labels = scipy.cluster.vq.kmeans2(points.numpy(), points[ranked].numpy(), iter=100, minit="matrix")
-    ours = group_channels(low, high, 4)
-    assert len(set(labels)) == 4 and np.isfinite(centres).all()
-    assert ours.tolist() == labels.tolist()

@@ -148,6 +148,30 @@ def test_cag_separates_channels_by_range():
     assert apart[0] == apart[1] != apart[2] == apart[3]
 
 
+@given(st.data())
+def test_cag_ends_where_k_means_rests(data):
+    """Every channel is in the nearest cluster, whose centre is the mean of its channels."""
+    channels, groups = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    high = torch.randn(channels, generator=generator).exp()
+    low = -high * torch.rand(channels, generator=generator)
+    group = group_channels(low, high, groups)
+    assert (
+        group.shape == (channels,) and group.dtype == torch.int64 and 0 <= int(group.min()) <= int(group.max()) < groups
+    )
+    points, used = torch.stack([low, high], 1).double(), group.unique()
+    centres = torch.stack([points[group == index].mean(0) for index in used])
+    assert torch.equal(used[torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)], group)
+
+
+def test_cag_without_enough_channels_leaves_groups_empty():
+    one = torch.ones(1)
+    assert int(group_channels(-one, one, 4)) in range(4)
+    alike = torch.ones(9)
+    assert len(group_channels(-alike, alike, 4).unique()) == 1
+    assert len(group_channels(torch.zeros(5), torch.zeros(5), 4).unique()) == 1
+
+
 @torch.no_grad()
 def test_cag_beats_one_grid_where_channels_differ_and_keeps_its_channels_in_the_spec():
     x = torch.randn(500, CHANNELS, generator=torch.Generator().manual_seed(1)) * torch.tensor([1, 1, 1, 20, 20, 0.1])

@@ -1,13 +1,13 @@
 """BIG: the density rule, and that flipping channels leaves QKᵀ what it was."""
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.signal import find_peaks as scipy_peaks
-from scipy.stats import gaussian_kde
 from torch import nn
 
 from carsam.models.sites import find_sites
@@ -15,7 +15,6 @@ from carsam.transform.bimodal import (
     channel_signs,
     count_modes,
     density,
-    find_peaks,
     flip_channels,
     integrate_bimodal_keys,
 )
@@ -28,32 +27,48 @@ def two_modes(seed=0, apart=8.0):
     return torch.randn(4000, generator=generator) + apart * signs
 
 
-def test_density_is_scipys():
-    values = two_modes()
+def test_density_has_scotts_bandwidth():
+    values = two_modes().double()
     grid, heights = density(values)
-    expected = gaussian_kde(values.numpy())(grid.numpy())
-    # The same bandwidth rule; scipy divides the variance by n − 1 as well.
-    torch.testing.assert_close(heights, torch.from_numpy(expected), rtol=1e-6, atol=1e-12)
-
-
-@given(st.lists(st.integers(0, 6), min_size=3, max_size=60), st.integers(1, 9), st.integers(0, 4))
-def test_peaks_are_scipys(heights, distance, least):
-    heights = [float(v) + 1e-3 * i for i, v in enumerate(heights)]  # scipy's order among equal peaks is its own
-    expected, _ = scipy_peaks(heights, height=float(least), distance=distance)
-    assert find_peaks(torch.tensor(heights, dtype=torch.float64), least=least, distance=distance) == expected.tolist()
-
-
-@given(st.lists(st.integers(0, 3), min_size=3, max_size=40))
-def test_plateaus_are_scipys(heights):
-    expected, _ = scipy_peaks([float(v) for v in heights], height=1.0)
-    assert find_peaks(torch.tensor(heights, dtype=torch.float64), least=1.0, distance=1) == expected.tolist()
+    assert (grid[0], grid[-1]) == (values.min().item(), values.max().item())
+    width = values.std().item() * len(values) ** -0.2
+    kernels = torch.exp(-0.5 * ((torch.from_numpy(grid)[:, None] - values) / width).square())
+    np.testing.assert_allclose(heights, kernels.mean(1) / (width * math.sqrt(2 * math.pi)), rtol=1e-6, atol=1e-12)
+    assert 0.95 < heights.sum() * (grid[1] - grid[0]) < 1, "but for the tails beyond the ends"
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_modes(seed):
     assert count_modes(two_modes(seed)) == 2
     assert count_modes(torch.randn(4000, generator=torch.Generator().manual_seed(seed))) == 1
-    assert count_modes(torch.full((10,), 3.0)) == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.full((10,), 3.0),
+        torch.zeros(0),
+        torch.tensor([1.0]),
+        torch.tensor([1.0, float("nan"), 2.0]),
+        torch.tensor([-float("inf"), 0.0, 1.0]),
+        torch.tensor([1.0, 1.0 + 1e-7] * 40),
+        torch.tensor([0.0, 1e-45] * 40),
+    ],
+    ids=["constant", "none", "one", "nan", "infinite", "nearly constant", "tiny"],
+)
+def test_values_without_a_density_have_one_mode(values):
+    assert count_modes(values) == 1
+
+
+def test_a_sample_that_is_constant_has_one_mode():
+    values = torch.zeros(3 * 2**13)
+    values[1] = 1.0  # between two picks
+    assert count_modes(values) == 1
+
+
+@pytest.mark.parametrize("apart", [0.5, 1.0, 1.5])
+def test_what_does_not_stand_apart_is_one_mode(apart):
+    assert count_modes(two_modes(apart=apart)) == (1 if apart < 1.2 else 2)
 
 
 @torch.no_grad()
