@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from carsam.errors import CarsamError
+from carsam.output.target import Replacement
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,23 +46,13 @@ def write_folder(target: Path, diagnosis: Diagnosis, pictures: dict[str, Image.I
     """
     check_target(target)
     target = target.absolute()
-    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, picture in pictures.items():
-            path = temporary / name
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path, quality=quality)
-        text = json.dumps(diagnosis.to_dict(), indent=1, allow_nan=False)
-        (temporary / FILE).write_text(text + "\n", encoding="utf-8")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(temporary, target)
+        with Replacement(target) as replacement:
+            for name, picture in pictures.items():
+                path = replacement.folder / name
+                path.parent.mkdir(exist_ok=True)
+                picture.save(path, quality=quality)
+            text = json.dumps(diagnosis.to_dict(), indent=1, allow_nan=False)
+            (replacement.folder / FILE).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise CarsamError(f"cannot write {target}: {error.strerror or error}. Nothing new was left there.") from error
-    finally:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -119,11 +119,6 @@ class CocoResult:
         """Writes JSON; an existing file is replaced at once or not at all."""
         write_json(path, self.to_dict())
 
-    @property
-    def rests_on_few(self) -> bool:
-        """Whether the APs rest on fewer than :data:`FEW_OBJECTS` objects, so that they are noisy."""
-        return self.n_objects is not None and self.n_objects < FEW_OBJECTS
-
     def __str__(self) -> str:
         interval = "" if self.mean_iou_interval is None else f" ({interval_text(self.mean_iou_interval)})"
         return (

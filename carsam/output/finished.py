@@ -8,11 +8,11 @@ from typing import Any
 from carsam.config import QuantizeConfig
 from carsam.errors import CarsamError
 from carsam.methods.base import Method
+from carsam.pack.folder import RECIPE, RESULTS
 from carsam.reading import read_json, read_yaml
 from carsam.run.store import mac_report, unit_report
 from carsam.run.walk import WalkReport
 
-RESULTS, _RECIPE = "results.json", "recipe.yaml"
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError)
 
 
@@ -54,7 +54,7 @@ def differing_settings(folder: Path, config: QuantizeConfig, method: Method, mod
 def read_recipe(folder: Path) -> dict[str, Any]:
     """A packed folder's recipe; empty where it cannot be read."""
     try:
-        recipe = read_yaml(folder / _RECIPE, "")
+        recipe = read_yaml(folder / RECIPE, "")
     except (CarsamError, OSError):
         return {}
     return recipe if isinstance(recipe, dict) else {}

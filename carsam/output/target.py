@@ -16,16 +16,15 @@ from safetensors import SafetensorError
 from carsam.errors import CarsamError
 from carsam.output.files import LEFTOVER, hidden
 from carsam.output.lock import locked
-from carsam.pack.model_card import CARD, is_model_card
+from carsam.pack.folder import CARD, CHECKSUMS, CONFIG, REQUIRED, RESULTS, WEIGHTS, is_packed
+from carsam.pack.model_card import is_model_card
 
 logger = logging.getLogger(__name__)
 
-_CHECKSUMS, _CONFIG, _DIAGNOSIS = "SHA256SUMS", "config.json", "diagnosis"
+_DIAGNOSIS = "diagnosis"
 # What carsam writes into a packed folder. Of these, the files that SHA256SUMS can name are carsam's where it does.
-_SUMMED = frozenset(
-    {"model.safetensors", _CONFIG, "preprocessor_config.json", "recipe.yaml", "README.md", "processor_config.json"}
-)
-_BESIDE = frozenset({_CHECKSUMS, "results.json", "report.html"})
+_SUMMED = frozenset({*REQUIRED, CARD, "processor_config.json"})
+_BESIDE = frozenset({CHECKSUMS, RESULTS, "report.html"})
 _NAMES_SHOWN = 5
 
 
@@ -165,24 +164,18 @@ class Output:
         self.check()
         replacement = Replacement(self.target)
         try:
-            shutil.rmtree(replacement.folder, ignore_errors=True)
-            replacement.folder.mkdir()
-            replacement.made = True
-            yield replacement
-            replacement.move()
-            replacement.done = True
+            with replacement:
+                yield replacement
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             there = "The model that was there is still there" if replacement.had_old else "Nothing was left there"
             raise CarsamError(
                 f"cannot write {self.path}: {reason}. {there}; free space and run again. {kept}".rstrip()
             ) from error
-        finally:
-            replacement.close()
 
 
 class Replacement:
-    """A folder on its way to its place.
+    """A folder on its way to its place, as a context manager: moved there at the end of the block, or not at all.
 
     Attributes:
         folder: Where to write; not there any more once moved.
@@ -198,6 +191,20 @@ class Replacement:
         self._moved = self.done = self.made = False
         self.had_old = target.exists()
 
+    def __enter__(self) -> Replacement:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.made = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.move()
+                self.done = True
+        finally:
+            self._close()
+
     def move(self) -> None:
         """Moves the folder into place; the old one waits aside."""
         if self._moved:
@@ -207,7 +214,7 @@ class Replacement:
         os.replace(self.folder, self._target)
         self._moved = True
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Removes what is not needed any more; puts the old folder back where the new one is not done."""
         if not self.done:
             # Judged by what lies there, not by flags: an interrupt may have come between a move and its flag.
@@ -234,18 +241,16 @@ def replaced_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 
 def is_ours(folder: Path) -> bool:
     """Whether carsam wrote a folder: its ``config.json`` says that it holds a packed carsam model."""
-    from carsam.pack.checkpoint import is_packed
-
     return folder.is_dir() and is_packed(folder)
 
 
 def foreign_files(folder: Path) -> list[str]:
     """Names in a packed folder that carsam did not write."""
     try:
-        lines = (folder / _CHECKSUMS).read_bytes()[: 2**20].decode(errors="replace").splitlines()
+        lines = (folder / CHECKSUMS).read_bytes()[: 2**20].decode(errors="replace").splitlines()
     except OSError:
         lines = []
-    summed = {line.partition("  ")[2] for line in lines} | {_CONFIG, "model.safetensors"}
+    summed = {line.partition("  ")[2] for line in lines} | {CONFIG, WEIGHTS}
     ours = (_SUMMED & summed) | _BESIDE
     found = []
     for path in sorted(folder.iterdir()):

@@ -177,7 +177,7 @@ def test_an_earlier_diagnosis_is_replaced_at_once_or_not_at_all(diagnosed, tmp_p
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    for name in ("PIL.Image.Image.save", "carsam.diagnose.folder.os.replace"):
+    for name in ("PIL.Image.Image.save", "carsam.output.target.os.replace"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(name, interrupted)
             write_folder(target, found, pictures, 80)

@@ -33,13 +33,13 @@ def test_old_results_are_read():
     assert result == CocoResult(
         15.6, 41.1, 42.1, 2, 3, (ImageScore("a.jpg", 40.0, (30.0, 50.0)), ImageScore("b.jpg", None, ()))
     )
-    assert result.mean_iou_interval is None and result.segm_ap50 is None and not result.rests_on_few
+    assert result.mean_iou_interval is None and result.segm_ap50 is None
 
 
 def test_round_trip():
     new = {**OLD, "mean_iou_interval": [30.0, 50.5], "n_objects": 3, "segm_ap_small": 1.5, "notes": ["A note."]}
     result = CocoResult.from_dict(new)
-    assert result.rests_on_few and result.segm_ap_small == 1.5 and result.notes == ("A note.",)
+    assert result.n_objects == 3 and result.segm_ap_small == 1.5 and result.notes == ("A note.",)
     assert CocoResult.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False))) == result
 
 

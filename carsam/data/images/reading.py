@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,37 +117,6 @@ def list_images(folder: str | Path) -> list[Path]:
     if counted:
         logger.warning("files left out of %s: %s; %s.", folder, counted, fix)
     return paths
-
-
-def read_images(
-    paths: Iterable[str | Path], *, minimum: int = 1, skipped: list[SkippedImage] | None = None
-) -> Iterator[tuple[Path, np.ndarray]]:
-    """Reads images one at a time; unreadable files are skipped, and counted in one logged warning at the end.
-
-    Args:
-        paths: Image files.
-        minimum: Images that must be readable.
-        skipped: Receives what was skipped.
-
-    Yields:
-        The path and ``(H, W, 3)`` uint8 RGB.
-
-    Raises:
-        DataError: Fewer than ``minimum`` images are readable; raised after the last file, with the reasons.
-    """
-    skipped = [] if skipped is None else skipped
-    before, count, notes = len(skipped), 0, Notes()
-    for path in map(Path, paths):
-        try:
-            image = read_image(path, notes=notes)
-        except DataError as error:
-            skipped.append(SkippedImage(path, str(error)))
-            continue
-        count += 1
-        yield path, image
-    notes.log(logger, count)
-    log_skipped(skipped[before:])
-    require_images(count, minimum, skipped[before:])
 
 
 def log_skipped(skipped: list[SkippedImage], noun: str = "images") -> None:

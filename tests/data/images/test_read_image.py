@@ -2,12 +2,13 @@
 
 import logging
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from carsam.data.images.reading import SkippedImage, list_images, read_image, read_images
+from carsam.data.images.reading import SkippedImage, list_images, log_skipped, read_image, require_images
 from carsam.errors import DataError
 
 
@@ -142,21 +143,11 @@ def test_list_images_errors(tmp_path):
         list_images(tmp_path / "file.jpg")
 
 
-def test_read_images_skips_and_counts(save, tmp_path, caplog):
-    good = [save(Image.fromarray(gradient()), f"{name}.png") for name in "ac"]
-    bad = tmp_path / "b.png"
-    bad.write_bytes(b"no")
-    skipped: list[SkippedImage] = []
+def test_skipped_images_are_counted_and_too_few_are_refused(caplog):
+    skipped = [SkippedImage(Path(f"{name}.png"), f"{name}.png is no image.") for name in "abcd"]
     with caplog.at_level(logging.WARNING):
-        read = list(read_images([good[0], bad, good[1]], minimum=2, skipped=skipped))
-    assert [p for p, _ in read] == good
-    assert [s.path for s in skipped] == [bad]
-    assert "b.png" in caplog.text
-
-
-def test_read_images_too_few(save, tmp_path):
-    good = save(Image.fromarray(gradient()), "a.png")
-    bad = tmp_path / "b.png"
-    bad.write_bytes(b"no")
-    with pytest.raises(DataError, match=r"only 1 usable images, at least 2 are needed; 1 were skipped .*b\.png"):
-        list(read_images([good, bad], minimum=2))
+        log_skipped(skipped)
+    assert "4 images skipped: a.png is no image; b.png is no image; c.png is no image; and 1 more." in caplog.text
+    require_images(2, 2, skipped)
+    with pytest.raises(DataError, match=r"only 1 usable images in x, at least 2 are needed; 1 were skipped \(a\.png"):
+        require_images(1, 2, skipped[:1], where="x")
