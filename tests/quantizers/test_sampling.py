@@ -1,0 +1,50 @@
+"""Evenly spaced samples."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from carsam.quantizers.sampling import even_ranks, odd_step_for, odd_step_within, step_for, strided
+
+COUNTS = st.integers(0, 10**7)
+WANTED = st.integers(1, 10**5)
+
+
+@given(COUNTS, WANTED)
+def test_a_step_leaves_what_is_wanted(count, wanted):
+    step = step_for(count, wanted)
+    assert step == 1 or wanted <= len(range(0, count, step)) <= 2 * wanted
+
+
+@given(COUNTS, WANTED)
+def test_odd_steps_leave_about_what_is_wanted(count, wanted):
+    step, kept = odd_step_for(count, wanted), len(range(0, count, odd_step_for(count, wanted)))
+    assert step % 2 == 1
+    assert step == 1 and kept == count if count < 2 * wanted else 0.6 * wanted <= kept <= 2 * wanted
+
+
+@given(st.integers(1, 10**7), WANTED)
+def test_odd_steps_within_leave_no_more(count, most):
+    step = odd_step_within(count, most)
+    assert step % 2 == 1 and len(range(0, count, step)) <= most
+    assert (step == 1) == (count <= most)
+
+
+@given(st.integers(1, 10**6))
+def test_an_odd_step_sees_every_channel_of_an_even_number(positions):
+    """256 channels, the fastest dimension: a step of 16 would see 16 of them."""
+    step = odd_step_for(256 * positions, 2**14)
+    assert len({(step * k) % 256 for k in range(256)}) == 256
+
+
+def test_strided_keeps_few_values_and_the_first():
+    values = torch.arange(12.0).view(3, 4)
+    assert torch.equal(strided(values, 100), torch.arange(12.0))
+    assert strided(values, 4).tolist() == [0, 3, 6, 9]  # a step of 3
+    assert strided(values, 6).tolist() == [0, 3, 6, 9]  # a step of 2, made odd
+
+
+@pytest.mark.parametrize(("count", "expected"), [(3, [0, 1, 2]), (9, [0, 2, 4, 6, 8]), (1, [0])])
+def test_even_ranks_hold_both_ends(count, expected):
+    assert even_ranks(torch.arange(count), 5).tolist() == expected
