@@ -13,8 +13,10 @@ import functools
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from carsam.errors import ConfigError
@@ -107,6 +109,26 @@ def named_subclasses(
             )
         found[name] = cls
     return dict(sorted(found.items()))
+
+
+def outside_sources(classes: Iterable[type[Any]]) -> list[tuple[str, Path]]:
+    """Source files of what other packages define: their numbers hang on these as ours on our own.
+
+    Args:
+        classes: Methods and grids; those of carsam itself do not count.
+
+    Returns:
+        (name, file) of every module of a package that defines one of them, or of a module that stands alone; sorted.
+    """
+    found = {}
+    for top in {cls.__module__.partition(".")[0] for cls in classes} - {__name__.partition(".")[0]}:
+        module = sys.modules.get(top)
+        for folder in map(Path, getattr(module, "__path__", ())):
+            found.update({f"{top}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*.py")})
+        file = getattr(module, "__file__", None)  # a notebook has none
+        if file is not None and Path(file).suffix == ".py":
+            found.setdefault(f"{top}/{Path(file).name}", Path(file))
+    return sorted(found.items())
 
 
 def _place(cls: type[Any]) -> str:

@@ -24,6 +24,8 @@ from torch import nn
 
 from carsam.output.lock import InUseError, locked
 from carsam.output.user_cache import CACHE_VARIABLE
+from carsam.plugins import outside_sources
+from carsam.quantizers.grid import Grid
 from carsam.run.store import fingerprint, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -246,7 +248,7 @@ def evaluation_parts(
         **contents,
         "settings": settings,
         "device or thread count": [str(model.device.type), torch.get_num_threads()],
-        "version of carsam, torch or transformers": [_code(), versions],
+        "version of carsam, torch or transformers": [_code(model), versions],
     }
 
 
@@ -258,12 +260,15 @@ def _remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def _code() -> str:
-    """SHA-256 of carsam's sources."""
+def _code(model: nn.Module) -> str:
+    """SHA-256 of carsam's sources, and of those of other packages whose grids the model has."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode())
+        digest.update(path.read_bytes())
+    for name, path in outside_sources({type(part) for part in model.modules() if isinstance(part, Grid)}):
+        digest.update(name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

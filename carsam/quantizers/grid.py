@@ -11,8 +11,10 @@ from torch import nn
 class Grid(nn.Module):
     """Base of the quantizers of activations and of softmax outputs.
 
-    A grid is one class in one module, with everything that is particular to it. Its buffers are what a packed file
-    holds of it; floating-point buffers keep all of their 32 bits there.
+    A grid is one class in one module, with everything that is particular to it. It is built as
+    ``cls(bits, always=..., **arguments)``; with ``always`` it quantizes whatever is simulated, as packed models do. Its
+    buffers are what a packed file holds of it: float32, which keep all of their bits there, and uint8. At 16 bits there
+    are none.
 
     Attributes:
         grid: Its name in ``config.json``.

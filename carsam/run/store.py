@@ -25,8 +25,10 @@ from torch import nn
 from carsam.compensate.mac import MacReport
 from carsam.data.images.transforms import preprocessor_config
 from carsam.errors import CarsamError
+from carsam.methods.base import registry
 from carsam.output.files import whole_file
-from carsam.quantizers import QuantizedLayer, SiteQuantizer
+from carsam.plugins import outside_sources
+from carsam.quantizers import QuantizedLayer, SiteQuantizer, activation_grids, softmax_grids
 from carsam.reconstruct.optimize import UnitReport
 from carsam.reconstruct.units import Unit
 
@@ -97,7 +99,10 @@ def versions(*more: str) -> dict[str, str]:
 
 @functools.cache
 def code_fingerprint(*, scores: bool = False) -> str:
-    """SHA-256 of the sources that decide the numbers of units, and with ``scores`` also those of measurements."""
+    """SHA-256 of the sources that decide the numbers of units, and with ``scores`` also those of measurements.
+
+    Sources of other packages that bring methods or grids count as well.
+    """
     package = Path(__file__).parent.parent
     left_out = _PRESENTATION if scores else _PRESENTATION + _AFTER_UNITS
     digest = hashlib.sha256()
@@ -106,6 +111,9 @@ def code_fingerprint(*, scores: bool = False) -> str:
         if not name.startswith(left_out):
             digest.update(name.encode())
             digest.update(path.read_bytes())
+    for name, path in outside_sources((*registry().values(), *activation_grids().values(), *softmax_grids().values())):
+        digest.update(name.encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -132,6 +132,25 @@ def test_its_files_name_its_grids_and_keep_all_bits_of_their_buffers(packed):
     assert first == second
 
 
+def test_a_change_of_its_code_makes_finished_units_stale(outside, tmp_path):
+    code = """
+    import sys
+    from pathlib import Path
+
+    from carsam.methods.base import registry
+    from carsam.run.store import code_fingerprint
+
+    assert "toy" in registry()
+    before = code_fingerprint()
+    source = Path(sys.argv[1], "toy_grids.py")
+    source.write_text(source.read_text() + "# another line")
+    code_fingerprint.cache_clear()
+    assert code_fingerprint() != before
+    """
+    folder = shutil.copytree(outside, tmp_path / "site")
+    python("-c", textwrap.dedent(code), folder, path=[folder])
+
+
 def test_it_predicts(packed):
     pictures = list((packed / "masks").rglob("*.png"))
     assert pictures
