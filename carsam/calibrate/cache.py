@@ -36,6 +36,11 @@ class ActivationCache:
     def __len__(self) -> int:
         return len(self._items)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of an item's tensors, in order."""
+        return tuple(self._items[0])
+
     def append(self, tensors: dict[str, Tensor]) -> None:
         """Stores one item's tensors, each (n, ...)."""
         self._items.append({name: self._store(value) for name, value in tensors.items()})

@@ -15,7 +15,7 @@ from carsam.models.files.hub import hub_folder
 from carsam.models.files.torch import mappings, read_torch_file
 from carsam.models.files.weights import read_tensors
 from carsam.models.sam.meta import find_meta_state, read_meta_file, sam_from_meta, why_not_sam
-from carsam.models.transformers_folder import CONFIG, HUB_EXAMPLE, OUR_ANCHOR, load_folder, quiet_transformers
+from carsam.models.folder import CONFIG, HUB_EXAMPLE, OUR_ANCHOR, load_folder, quiet_transformers
 
 __all__ = ["is_hub_id", "load_model", "quiet_transformers"]
 

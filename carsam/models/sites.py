@@ -1,27 +1,33 @@
-"""Where a model is quantized. The only file that knows the module names of transformers' SAM.
+"""Where a model is quantized, in terms that hold for every family: layers, attentions, and what they feed.
 
-Quantized (METHOD.md, 1): the input and weights of every Linear and Conv of the image encoder's blocks and neck and of
-the decoder's two-way transformer, and both inputs of both attention MatMuls. Everything else stays in floating point.
+A family fills these in (``carsam/models/<family>/sites.py``); nothing else spells the name of a module.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import SamModel
 
-from carsam.errors import CheckpointError
+if TYPE_CHECKING:
+    from carsam.models.family import Family
 
-ENCODER, DECODER = "vision_encoder", "mask_decoder"
 OPERANDS = ("query", "key", "value", "probs")
 
 
 @dataclass(frozen=True)
-class LinearSite:
-    """A Linear or Conv2d: its module path. Bit settings match ``name`` (weights) and ``name.input`` (activations)."""
+class LayerSite:
+    """A Linear or Conv2d: its module path. Bit settings match ``name`` (weights) and ``name.input`` (activations).
+
+    Attributes:
+        name: Module path.
+        role: What the layer does where a method cares: ``projection`` of an attention's query, key or value,
+            ``mlp_in`` and ``mlp_out`` of an MLP; empty otherwise.
+    """
 
     name: str
+    role: str = ""
 
     @property
     def input(self) -> str:
@@ -29,17 +35,50 @@ class LinearSite:
         return f"{self.name}.input"
 
 
+PROJECTION, MLP_IN, MLP_OUT = "projection", "mlp_in", "mlp_out"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The layer, or the part of one, that computes an attention's query, key or value.
+
+    Attributes:
+        layer: Module path.
+        part: Which of ``parts`` equal slices of the output channels.
+        parts: 1, or 3 where one Linear gives all three.
+    """
+
+    layer: str
+    part: int = 0
+    parts: int = 1
+
+    def rows(self, channels: int) -> slice:
+        """The output channels, of ``channels`` in all."""
+        width = channels // self.parts
+        return slice(self.part * width, (self.part + 1) * width)
+
+
 @dataclass(frozen=True)
 class AttentionSite:
-    """An attention and the projections before its MatMuls.
+    """An attention with the layers around its two MatMuls.
 
     Attributes:
         name: Module path.
-        fused: The encoder's form: one ``qkv`` Linear, relative positions; otherwise ``q_proj``, ``k_proj``, ``v_proj``.
+        query, key, value: The projections before QKᵀ and PV.
+        output: Module path of the Linear after PV.
+        positions: Names of the attention's parameters whose rows meet the query as further keys (relative positions);
+            what scales a channel of the query must divide theirs.
+        coupled: The attention is called with ``query``, ``key`` and ``value`` of its own, which may come from two
+            streams (a decoder's); otherwise all three come from one tensor.
     """
 
     name: str
-    fused: bool
+    query: Projection
+    key: Projection
+    value: Projection
+    output: str
+    positions: tuple[str, ...] = ()
+    coupled: bool = False
 
     def operand(self, which: str) -> str:
         """Name of the activation site of ``query``, ``key``, ``value`` or ``probs``."""
@@ -47,31 +86,16 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
-class TwoWayBlock:
-    """A decoder block: self-attention, then the coupled pair token→image (with MLP) and image→token."""
+class Moment:
+    """A point along the decoder at which its error is measured.
+
+    Attributes:
+        name: Module path of the attention or MLP.
+        output: Module path of what gives the stream that the rest of the decoder reads (the norm after the residual).
+    """
 
     name: str
-
-    @property
-    def self_attention(self) -> str:
-        return f"{self.name}.self_attn"
-
-    @property
-    def token_to_image(self) -> str:
-        return f"{self.name}.cross_attn_token_to_image"
-
-    @property
-    def mlp(self) -> str:
-        return f"{self.name}.mlp"
-
-    @property
-    def image_to_token(self) -> str:
-        return f"{self.name}.cross_attn_image_to_token"
-
-    @property
-    def pair_entry(self) -> str:
-        """The module whose output is the token side's input to the pair (layer norm after self-attention)."""
-        return f"{self.name}.layer_norm1"
+    output: str
 
 
 @dataclass(frozen=True)
@@ -79,85 +103,43 @@ class Sites:
     """All sites of one model, in execution order.
 
     Attributes:
-        linears: Linear and Conv2d sites.
+        family: The family that the model belongs to.
+        layers: Linear and Conv2d sites.
         attentions: Attention sites.
-        encoder_stages: Module paths that run one after the other on a single tensor: blocks, then the neck.
-        decoder: Module path of the two-way transformer.
-        two_way_blocks: Its blocks.
-        final_attention: Module path of the decoder's last token→image attention.
+        encoder_stages, decoder_stages: Module paths that run one after the other (:class:`carsam.models.family.Stage`).
+        decoder: Module path that all sites of the decoder lie under; everything else is the encoder.
+        readers: ``(norm, layer)`` module paths: the layer alone reads what the norm gives, so that channels may be
+            scaled in one and divided in the other.
+        moments: The decoder's parts.
+        neighbours: ``(part, neighbour)`` of the decoder: each reads what the other writes (METHOD.md, 8).
+        focus: Attentions whose maps over the image show what a mask rests on.
     """
 
-    linears: tuple[LinearSite, ...]
+    family: Family = field(repr=False, compare=False)
+    layers: tuple[LayerSite, ...]
     attentions: tuple[AttentionSite, ...]
     encoder_stages: tuple[str, ...]
+    decoder_stages: tuple[str, ...]
     decoder: str
-    two_way_blocks: tuple[TwoWayBlock, ...]
-    final_attention: str
+    readers: tuple[tuple[str, str], ...] = ()
+    moments: tuple[Moment, ...] = ()
+    neighbours: tuple[tuple[str, str], ...] = ()
+    focus: tuple[str, ...] = ()
     activation_names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self):
-        names = [site.input for site in self.linears]
+        names = [site.input for site in self.layers]
         names += [site.operand(which) for site in self.attentions for which in OPERANDS]
         object.__setattr__(self, "activation_names", tuple(names))
 
     def in_decoder(self, path: str) -> bool:
-        """Whether a module path lies in the decoder's transformer."""
+        """Whether a module path lies in the decoder."""
         return path == self.decoder or path.startswith(self.decoder + ".")
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every name that a bit setting can match: weights (a layer's path) and activation sites."""
-        return tuple(site.name for site in self.linears) + self.activation_names
-
-
-def find_sites(model: SamModel) -> Sites:
-    """The sites of a SAM.
-
-    Args:
-        model: A float or quantized ``SamModel``.
-
-    Raises:
-        CheckpointError: The model is not laid out as a SAM.
-    """
-    if not isinstance(model, SamModel):
-        raise CheckpointError(f"{type(model).__name__} is not supported; carsam quantizes transformers' SamModel.")
-    blocks = [f"{ENCODER}.layers.{i}" for i in range(len(model.vision_encoder.layers))]
-    transformer = f"{DECODER}.transformer"
-    two_way = [TwoWayBlock(f"{transformer}.layers.{i}") for i in range(len(model.mask_decoder.transformer.layers))]
-    final = f"{transformer}.final_attn_token_to_image"
-
-    attentions = [AttentionSite(f"{block}.attn", fused=True) for block in blocks]
-    for block in two_way:
-        attentions += [
-            AttentionSite(name, fused=False)
-            for name in (block.self_attention, block.token_to_image, block.image_to_token)
-        ]
-    attentions.append(AttentionSite(final, fused=False))
-
-    linears = []
-    for block in blocks:
-        linears += [f"{block}.{part}" for part in ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")]
-    linears += [f"{ENCODER}.neck.conv1", f"{ENCODER}.neck.conv2"]
-    projections = ("q_proj", "k_proj", "v_proj", "out_proj")
-    for block in two_way:
-        linears += [f"{block.self_attention}.{part}" for part in projections]
-        linears += [f"{block.token_to_image}.{part}" for part in projections]
-        linears += [f"{block.mlp}.lin1", f"{block.mlp}.lin2"]
-        linears += [f"{block.image_to_token}.{part}" for part in projections]
-    linears += [f"{final}.{part}" for part in projections]
-
-    modules = dict(model.named_modules())
-    missing = [name for name in linears + [site.name for site in attentions] if name not in modules]
-    if missing or not linears:
-        raise CheckpointError(f"this SamModel has no module {missing[:3]}; its layout is not one that carsam knows.")
-    return Sites(
-        linears=tuple(LinearSite(name) for name in linears),
-        attentions=tuple(attentions),
-        encoder_stages=(*blocks, f"{ENCODER}.neck"),
-        decoder=transformer,
-        two_way_blocks=tuple(two_way),
-        final_attention=final,
-    )
+        return tuple(site.name for site in self.layers) + self.activation_names
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

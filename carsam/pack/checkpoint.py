@@ -15,8 +15,8 @@ import carsam.pack.transformers  # noqa: F401 - registers packed folders with tr
 from carsam.data.images.normalisation import named_normalisation, normalisation_of, set_normalisation
 from carsam.device import resolve_device
 from carsam.errors import CarsamError, CheckpointError
-from carsam.models.declared import check_declared
 from carsam.models.load import is_hub_id, load_model, quiet_transformers
+from carsam.models.sam.declared import check_declared
 from carsam.models.sam.random import BAD_CONFIG
 from carsam.output.target import replaced_folder
 from carsam.pack.calibration_places import remember

@@ -67,7 +67,7 @@ def optimise_layers(
         targets = cached(
             space, ({"output_0": capture_call(source, partial(run, reference, i), output=True)} for i in indices)
         )
-        alone = Unit(name, (name,), unit.stage, channel_dim=-1 if layer.conv is None else 1)
+        alone = single_layer(name, unit.stage, channel_dim=-1 if layer.conv is None else 1)
         points = optimise(
             model,
             alone,
@@ -80,6 +80,19 @@ def optimise_layers(
         )
         losses.append([(number * steps + step, loss) for step, loss in points])
     return losses
+
+
+def single_layer(name: str, stage: str, channel_dim: int) -> Unit:
+    """One layer as a unit: its input ``x``, its output."""
+
+    def run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"output": model.get_submodule(name)(**inputs)}
+
+    def capture(model: nn.Module, run_stage: Callable[[], object]) -> dict[str, torch.Tensor]:
+        args, _ = capture_call(model.get_submodule(name), run_stage)
+        return {"x": args[0]}
+
+    return Unit(name, (name,), stage, run, capture, channel_dim)
 
 
 def execution_order(model: nn.Module, unit: Unit, run: Callable[[], None]) -> list[str]:

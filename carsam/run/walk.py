@@ -1,8 +1,9 @@
 """The walk through the network: each unit in turn gets its inputs, its ranges, its compensation, its rounding.
 
 Two streams of activations run side by side: through the model quantized so far, and through the float model. A unit
-starts from the first and is fitted to the second. Encoder stages hand their outputs on, so that no forward pass leaves
-the unit; the decoder is small enough to be run up to each of its units.
+starts from the first and is fitted to the second. The walk knows no model: parts, stages and units are the family's.
+Where a unit is its whole stage, its outputs are handed on, so that no further pass is needed; a stage of several units
+is run up to each of them.
 """
 
 from __future__ import annotations
@@ -13,34 +14,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import SamModel
+from torch import Tensor, nn
 
-from carsam.calibrate.cache import ActivationCache, CacheSpace, cached, variances
+from carsam.calibrate.cache import ActivationCache, cached, variances
 from carsam.calibrate.observers import RangeRecorder
 from carsam.compensate.mac import MacReport
 from carsam.methods.base import Method
+from carsam.models.family import Part, Stage, Tensors
 from carsam.models.sites import Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.reconstruct.layerwise import optimise_layers
-from carsam.reconstruct.optimize import UnitData, UnitReport, optimise, relative_errors
-from carsam.reconstruct.units import (
-    Unit,
-    capture_unit,
-    check_cover,
-    decoder_input,
-    first_block_inputs,
-    first_stage_input,
-    next_stage_inputs,
-    run_module,
-    run_unit,
-)
+from carsam.reconstruct.optimize import UnitData, UnitReport, relative_errors
+from carsam.reconstruct.units import Unit, check_cover, run_unit
+from carsam.run.context import RunContext
 from carsam.run.progress import KEPT, PlannedUnit, StageProgress
-from carsam.run.store import UnitStore, fingerprint
+from carsam.run.store import fingerprint
 
-Progress = Callable[[int, int, str, int, int], None]
-"""Called as ``progress(unit_index, n_units, unit_name, step, n_steps)``; see :mod:`carsam.run.progress`."""
+
+Following = Callable[[nn.Module, Tensors, Tensors], Tensors]
 
 
 @dataclass
@@ -61,102 +53,143 @@ class Walk:
         sites: Their sites.
         method: Gives units, settings and preparations.
         data: Calibration images with boxes.
-        seed: Of everything random.
-        device: Where units run.
         base_key: Fingerprint of everything that decides the result before the first unit.
-        store: Finished units.
-        space: Budget of the caches.
-        progress: Called as work goes on.
+        context: Device, seed, store, cache space, progress.
     """
 
     def __init__(
         self,
-        model: SamModel,
-        reference: SamModel,
+        model: nn.Module,
+        reference: nn.Module,
         sites: Sites,
         method: Method,
         data: CalibrationSet,
-        *,
-        seed: int,
-        device: torch.device,
         base_key: str,
-        store: UnitStore,
-        space: CacheSpace,
-        progress: Progress | None = None,
+        context: RunContext,
     ):
         self.model, self.reference, self.sites, self.method, self.data = model, reference, sites, method, data
-        self.seed, self.device, self.key, self.store, self.space = seed, device, base_key, store, space
-        self.progress = progress or (lambda *_: None)
+        self.key, self.context = base_key, context
+        self.device = context.device
+        self.progress = context.progress or (lambda *_: None)
         self.units = method.units(sites)
         check_cover(self.units, sites)
+        self.parts = sites.family.parts(sites, method.granularity)
         self.report = WalkReport()
-        if isinstance(progress, StageProgress):
-            kinds = {True: "decoder", False: "encoder"}
-            progress.expect(
-                [
-                    PlannedUnit(unit.name, kinds[sites.in_decoder(unit.stage)], method.steps_for(unit, sites))
-                    for unit in self.units
-                ]
+        if isinstance(context.progress, StageProgress):
+            kinds = {stage.name: part.name for part in self.parts for stage in part.stages}
+            context.progress.expect(
+                [PlannedUnit(unit.name, kinds[unit.stage], method.steps_for(unit, sites)) for unit in self.units]
             )
 
     def run(self) -> WalkReport:
         """Walks through all units; afterwards every weight in them is an integer."""
-        quantized, floating = self._encoder()
-        self._decoder(quantized, floating)
+        streams: tuple[_Stream, _Stream] | None = None
+        for part in self.parts:
+            streams = self._enter(part, streams)
+            for stage in part.stages:
+                self._stage(stage, *streams, last=stage is part.stages[-1], last_part=part is self.parts[-1])
         return self.report
 
-    def _encoder(self) -> tuple[ActivationCache, ActivationCache]:
-        device = self.device
-        pixels = (image.pixel_values.to(device) for image in self.data.images)
-        floating = quantized = cached(
-            self.space, ({"hidden_states": first_stage_input(self.reference, value)} for value in pixels)
-        )
-        indices = range(len(self.data.images))
-        for unit in [unit for unit in self.units if not self.sites.in_decoder(unit.stage)]:
-            targets = cached(
-                self.space,
-                ({"hidden_states": run_unit(self.reference, unit, floating.get(i, device))[0]} for i in indices),
+    def _enter(self, part: Part, before: tuple[_Stream, _Stream] | None) -> tuple[_Stream, _Stream]:
+        """Both streams at the first stage of a part."""
+        if before is None:
+            # Nothing is quantized before the first stage: both models compute the same.
+            first = self._cached(lambda i: part.enter(self.reference, {}, self.data.images[i]))
+            return _Stream(self.model, first), _Stream(self.reference, first)
+
+        def entered(stream: _Stream) -> _Stream:
+            inputs = stream.inputs
+            enter = part.enter
+            return _Stream(
+                stream.model,
+                self._cached(lambda i: enter(stream.model, inputs.get(i, self.device), self.data.images[i])),
             )
-            following = self.space.cache()
-            data = UnitData(quantized, floating, targets, variances(targets))
-            self._unit(unit, data, lambda outputs, cache=following: cache.append({"hidden_states": outputs[0]}))
-            quantized = following
-            floating = targets
-        return quantized, floating
 
-    def _decoder(self, quantized: ActivationCache, floating: ActivationCache) -> None:
-        units = [unit for unit in self.units if self.sites.in_decoder(unit.stage)]
-        streams = [
-            _Stream(self, model, embeddings, whole=units[0].stage == self.sites.decoder)
-            for model, embeddings in ((self.model, quantized), (self.reference, floating))
-        ]
-        for stage in dict.fromkeys(unit.stage for unit in units):
-            for unit in [unit for unit in units if unit.stage == stage]:
-                with simulate(weights=True, activations=True):
-                    unit_inputs = streams[0].unit_inputs(unit)
-                float_inputs = streams[1].unit_inputs(unit)
-                targets = self._outputs(self.reference, unit, float_inputs)
-                self._unit(unit, UnitData(unit_inputs, float_inputs, targets, variances(targets)))
-            if stage != units[-1].stage:
-                with simulate(weights=True, activations=True):
-                    streams[0].advance(stage)
-                streams[1].advance(stage)
+        return entered(before[0]), entered(before[1])
 
-    def _outputs(self, model: SamModel, unit: Unit, inputs: ActivationCache) -> ActivationCache:
-        return cached(
-            self.space,
-            (
-                {f"output_{i}": value for i, value in enumerate(run_unit(model, unit, inputs.get(index, self.device)))}
-                for index in range(len(inputs))
-            ),
-        )
+    def _stage(self, stage: Stage, quantized: _Stream, floating: _Stream, *, last: bool, last_part: bool) -> None:
+        """Reconstructs the units of a stage, and takes both streams behind it."""
+        units = [unit for unit in self.units if unit.stage == stage.name]
+        follows = not (last and last_part)
+        following = None if last else stage.following
+        if len(units) == 1 and units[0].scope == (stage.name,):
+            self._whole(units[0], quantized, floating, following, follows=follows)
+            return
+        for unit in units:
+            with simulate(weights=True, activations=True):
+                unit_inputs = self._reach(unit, stage, quantized)
+            float_inputs = self._reach(unit, stage, floating)
+            targets = self._targets(unit, float_inputs)
+            self._unit(unit, UnitData(unit_inputs, float_inputs, targets, variances(targets)))
+        if follows:
+            with simulate(weights=True, activations=True):
+                quantized.inputs = self._behind(stage, quantized, following)
+            floating.inputs = self._behind(stage, floating, following)
 
-    def _unit(self, unit: Unit, data: UnitData, keep: Callable[[tuple[torch.Tensor, ...]], None] | None = None) -> None:
+    def _whole(
+        self, unit: Unit, quantized: _Stream, floating: _Stream, following: Following | None, *, follows: bool
+    ) -> None:
+        """A unit that is its whole stage: what it gives, quantized and float, is what follows."""
+        targets = self._targets(unit, floating.inputs)
+        data = UnitData(quantized.inputs, floating.inputs, targets, variances(targets))
+        if not follows:
+            self._unit(unit, data)
+            return
+        behind = self.context.space.cache()
+
+        def keep(outputs: tuple[Tensor, ...]) -> None:
+            named = dict(zip(targets.names, outputs))
+            if following is not None:
+                named = following(self.model, quantized.inputs.get(len(behind), self.device), named)
+            behind.append(named)
+
+        self._unit(unit, data, keep)
+        quantized.inputs = behind
+        if following is None:
+            floating.inputs = targets  # the same tensors, kept once
+        else:
+            before = floating.inputs
+            floating.inputs = self._cached(lambda i: self._follow(unit, following, before.get(i, self.device)))
+
+    def _follow(self, unit: Unit, following: Following, inputs: Tensors) -> Tensors:
+        return following(self.reference, inputs, unit.run(self.reference, inputs))
+
+    def _reach(self, unit: Unit, stage: Stage, stream: _Stream) -> ActivationCache:
+        """The inputs with which a stage reaches a unit in it."""
+        if unit.scope == (stage.name,):
+            return stream.inputs
+
+        def capture(index: int) -> Tensors:
+            inputs = stream.inputs.get(index, self.device)
+            return unit.capture(stream.model, lambda: stage.run(stream.model, inputs))
+
+        return self._cached(capture)
+
+    def _behind(self, stage: Stage, stream: _Stream, following: Following | None) -> ActivationCache:
+        def run(index: int) -> Tensors:
+            inputs = stream.inputs.get(index, self.device)
+            outputs = stage.run(stream.model, inputs)
+            return outputs if following is None else following(stream.model, inputs, outputs)
+
+        return self._cached(run)
+
+    def _targets(self, unit: Unit, inputs: ActivationCache) -> ActivationCache:
+        return self._cached(lambda index: unit.run(self.reference, inputs.get(index, self.device)))
+
+    def _cached(self, make: Callable[[int], Tensors]) -> ActivationCache:
+        return cached(self.context.space, (make(index) for index in range(len(self.data.images))))
+
+    def _unit(self, unit: Unit, data: UnitData, keep: Callable[[tuple[Tensor, ...]], None] | None = None) -> None:
         """Takes one unit to its integers, or finds them in the store; ``keep`` is given its outputs afterwards."""
+        with self.context.hooks.work("unit"):
+            self._settle(unit, data, keep)
+
+    def _settle(self, unit: Unit, data: UnitData, keep: Callable[[tuple[Tensor, ...]], None] | None) -> None:
         number, steps = self.units.index(unit), self.method.steps_for(unit, self.sites)
         self.key = fingerprint(self.key, unit.name, unit.scope, self.method.unit_settings(unit, self.sites))
-        finished = self.store.load(self.key, self.model, unit.name)
+        finished = self.context.store.load(self.key, self.model, unit.name)
         if finished is not None:
+            self.context.hooks.unit_found(unit.name)
             self.progress(number, len(self.units), unit.name + KEPT, 0, 0)
             if keep is not None:
                 relative_errors(self.model, unit, data, self.device, keep)
@@ -169,7 +202,7 @@ class Walk:
             report.after = relative_errors(self.model, unit, data, self.device, keep)
             report.seconds = time.perf_counter() - started
             finished = report, mac
-            self.store.save(self.key, self.model, unit, report, mac)
+            self.context.store.save(self.key, self.model, unit, report, mac)
         self.report.units.append(finished[0])
         self.report.compensations.extend(finished[1])
 
@@ -189,12 +222,13 @@ class Walk:
                 layer.freeze()
         else:
             report.steps = steps
-            options = {"steps": steps, "seed": self.seed, "device": device, "progress": progress}
+            options = {"steps": steps, "seed": self.context.seed, "device": device, "progress": progress}
             if settings.per_layer:
-                layers = optimise_layers(self.model, self.reference, unit, data, settings, space=self.space, **options)
+                space = self.context.space
+                layers = optimise_layers(self.model, self.reference, unit, data, settings, space=space, **options)
                 report.steps, report.losses = steps * len(layers), [point for losses in layers for point in losses]
             else:
-                report.losses = optimise(self.model, unit, data, settings, **options)
+                report.losses = self.context.hooks.optimise(self.model, unit, data, settings, **options)
         return report, mac
 
     def _observe(self, unit: Unit, data: UnitData) -> None:
@@ -206,45 +240,12 @@ class Walk:
         recorder.apply(self.method.activation_observer)
 
 
+@dataclass
 class _Stream:
-    """The decoder's inputs of one model, stage by stage.
+    """One model, and its activations where the walk is: the inputs of the stage that comes next."""
 
-    Args:
-        walk: Gives data, device and cache space.
-        model: The model that this stream runs through.
-        embeddings: Its image embeddings.
-        whole: The stage is the whole transformer.
-    """
-
-    def __init__(self, walk: Walk, model: SamModel, embeddings: ActivationCache, *, whole: bool):
-        self.walk, self.model = walk, model
-
-        def first(index: int) -> dict[str, torch.Tensor]:
-            embedding = embeddings.get(index, walk.device)["hidden_states"]
-            arguments = decoder_input(model, embedding, walk.data.images[index].boxes.to(walk.device))
-            return arguments if whole else first_block_inputs(model, walk.sites, arguments)
-
-        self.inputs = cached(walk.space, (first(index) for index in range(len(embeddings))))
-
-    def unit_inputs(self, unit: Unit) -> ActivationCache:
-        """The inputs with which the stage reaches a unit in it."""
-        if unit.scope == (unit.stage,):
-            return self.inputs
-
-        def capture(index: int) -> dict[str, torch.Tensor]:
-            inputs = self.inputs.get(index, self.walk.device)
-            return capture_unit(self.model, unit, lambda: run_module(self.model, unit.stage, inputs))
-
-        return cached(self.walk.space, (capture(index) for index in range(len(self.inputs))))
-
-    def advance(self, stage: str) -> None:
-        """Goes on to the stage after ``stage``."""
-
-        def following(index: int) -> dict[str, torch.Tensor]:
-            inputs = self.inputs.get(index, self.walk.device)
-            return next_stage_inputs(self.walk.sites, stage, inputs, run_module(self.model, stage, inputs))
-
-        self.inputs = cached(self.walk.space, (following(index) for index in range(len(self.inputs))))
+    model: nn.Module
+    inputs: ActivationCache
 
 
 def quantized_layers(modules: list[nn.Module]) -> list[QuantizedLayer]:

@@ -17,7 +17,7 @@ from transformers import SamConfig, SamModel
 
 from carsam.data.images.normalisation import from_buffers, set_normalisation
 from carsam.errors import CheckpointError
-from carsam.models.declared import numbered
+from carsam.models.sam.declared import numbered
 from carsam.models.files.torch import mappings, read_torch_file
 from carsam.models.sam.random import BAD_CONFIG, skeleton
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from carsam.data.images.normalisation import PREPROCESSOR, read_normalisation, set_normalisation
 from carsam.errors import CheckpointError
-from carsam.models.declared import check_declared
+from carsam.models.sam.declared import check_declared
 from carsam.models.files.torch import DamagedFileError
 from carsam.models.files.weights import read_tensors, tensor_shapes, training_leftover, weight_files
 from carsam.models.sam.meta import ANCHOR, BUFFERS, find_meta_state, sam_from_meta, some

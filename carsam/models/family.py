@@ -1,0 +1,299 @@
+"""The family contract: all that carsam must be told of a kind of model, and the registry that finds the families.
+
+A family is one folder, ``carsam/models/<family>/``, whose ``family.py`` defines a subclass of :class:`Family`. Module
+names, forward order, checkpoint formats and the geometry of its inputs are known there and nowhere else. The rest of
+carsam asks :func:`family_of` a model and works on what the family says of it:
+
+=====================  ==============================================================================
+hook                   says
+=====================  ==============================================================================
+``sites``              what is quantized: layers, attentions, and what they feed
+``parts``              the order of computation: stages from named tensors to named tensors
+``units``              what is reconstructed as one, by granularity
+``with_matmul``        the attention with quantizers at the inputs of its MatMuls
+``load``, ``from_state``, ``find_state``   a model from a folder or a checkpoint file
+``encode_image``, ``predict_logits``       image to embeddings, prompts to masks
+``image_size``, ``low_res_size``           the geometry of input and masks
+=====================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from carsam.errors import CheckpointError
+from carsam.models.sites import Sites
+
+if TYPE_CHECKING:
+    from carsam.models.attention import MatMulQuantizers
+    from carsam.prompts.calibration import CalibrationImage
+    from carsam.reconstruct.units import Unit
+
+Tensors = dict[str, Tensor]
+ENCODER, DECODER = "encoder", "decoder"
+GRANULARITIES = ("module", "pair", "block", "decoder")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the computation, from named tensors to named tensors; units lie within one.
+
+    Attributes:
+        name: Module path.
+        run: Called as ``run(model, inputs)``; gives the outputs that the rest of the network reads.
+        following: Called as ``following(model, inputs, outputs)``; gives the inputs of the next stage of the part. None
+            where the outputs are these.
+    """
+
+    name: str
+    run: Callable[[nn.Module, Tensors], Tensors]
+    following: Callable[[nn.Module, Tensors, Tensors], Tensors] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Stages that run one after the other, once for every item.
+
+    Attributes:
+        name: ``encoder`` or ``decoder``.
+        enter: Called as ``enter(model, before, image)`` with the outputs of the part before (empty for the first) and a
+            calibration image with its prompts; gives the inputs of the first stage.
+        stages: In execution order.
+    """
+
+    name: str
+    enter: Callable[[nn.Module, Tensors, CalibrationImage], Tensors]
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The three modules of a model that take images, prompts, and both to masks.
+
+    Attributes:
+        image, prompt, mask: The modules.
+        positions: The module that encodes coordinates.
+    """
+
+    image: nn.Module
+    prompt: nn.Module
+    mask: nn.Module
+    positions: nn.Module
+
+
+class Family(ABC):
+    """One kind of model.
+
+    Attributes:
+        name: Of the folder.
+        title: For people: "SAM".
+        model_class: transformers' class, or one derived from it; the most specific one that a model is an instance of
+            decides its family.
+        model_types: What ``model_type`` in ``config.json`` may say.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    model_types: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abstractmethod
+    def model_class(self) -> type[PreTrainedModel]:
+        """The class of its models."""
+
+    # What is quantized, and in which order it runs.
+
+    @abstractmethod
+    def sites(self, model: nn.Module) -> Sites:
+        """The sites of a model, float or quantized.
+
+        Raises:
+            CheckpointError: It is not laid out as this family's models are.
+        """
+
+    @abstractmethod
+    def parts(self, sites: Sites, granularity: str = "module") -> tuple[Part, ...]:
+        """The order of computation; with the granularity ``decoder`` the decoder is one stage."""
+
+    @abstractmethod
+    def units(self, sites: Sites, part: str, granularity: str = "module") -> list[Unit]:
+        """The units of a part, in execution order.
+
+        Args:
+            sites: The model's sites.
+            part: ``encoder`` or ``decoder``.
+            granularity: Of the decoder: ``module`` (each attention, each MLP), ``pair`` (JCAR: token→image attention,
+                MLP and image→token attention of a block as one), ``block`` (self-attention too) or ``decoder``.
+        """
+
+    def with_matmul(self, attention: nn.Module, matmul: MatMulQuantizers) -> nn.Module:
+        """The attention with quantizers at the inputs of its MatMuls: itself, or another module for its place."""
+        from carsam.models.attention import attach_matmul_quantizers
+
+        attach_matmul_quantizers(attention, matmul)
+        return attention
+
+    def valid_queries(self, stage: nn.Module, outputs: Tensors) -> Tensor | None:
+        """Which queries of a stage's attention are of the image and not padding, (windows, queries); None for all."""
+        return None
+
+    # Where models come from.
+
+    @abstractmethod
+    def find_state(self, content: object, source: str) -> Mapping[str, Tensor] | None:
+        """The tensors of a published checkpoint of this family in a file's content; None where there are none.
+
+        Args:
+            content: What the file holds.
+            source: What messages call it.
+        """
+
+    @abstractmethod
+    def from_state(self, state: Mapping[str, Tensor], source: str, image_size: int | None = None) -> PreTrainedModel:
+        """The model with these tensors, its architecture read from their shapes.
+
+        Args:
+            state: From :meth:`find_state`.
+            source: What errors call it.
+            image_size: Side of the input in pixels where the user asks for one.
+
+        Raises:
+            CheckpointError: Tensors are missing, left over, or do not fit together or the image size.
+        """
+
+    @abstractmethod
+    def check_declared(
+        self, config: Mapping[str, Any], shapes: Mapping[str, Any], source: str, *, weights_per_element: float = 1
+    ) -> None:
+        """Refuses a ``config.json`` that declares more, or other, than its weights hold, before anything is built.
+
+        Args:
+            config: The mapping.
+            shapes: Shape of every tensor in the weights, by the names of ``model_class``.
+            source: What errors call the model.
+            weights_per_element: How many weights one stored element can hold (8 for the bytes of a packed model).
+
+        Raises:
+            CheckpointError: They do not fit.
+        """
+
+    @property
+    @abstractmethod
+    def anchor(self) -> str:
+        """A tensor, by the names of ``model_class``, that every model of the family has and no quantization changes."""
+
+    def foreign(self, names: list[str]) -> str | None:
+        """What a checkpoint with these names is, if the family knows it for something that carsam does not read."""
+        return None
+
+    # How it is used.
+
+    @abstractmethod
+    def image_size(self, model: nn.Module) -> int:
+        """Side of the square input in pixels."""
+
+    @abstractmethod
+    def low_res_size(self, model: nn.Module) -> int:
+        """Side of the masks that the decoder gives, in pixels."""
+
+    @abstractmethod
+    def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        """Image embeddings of preprocessed images ``(B, 3, S, S)``."""
+
+    @abstractmethod
+    def predict_logits(self, model: nn.Module, image_embeddings: Tensor, **prompts: Any) -> tuple[Tensor, Tensor]:
+        """Low-resolution logits and predicted IoU of prompts; see :func:`carsam.models.forward.predict_logits`."""
+
+    @abstractmethod
+    def forward(self, model: nn.Module, image: CalibrationImage) -> None:
+        """One pass of the whole model over a calibration image with all its prompts; for observers."""
+
+    @abstractmethod
+    def encoders(self, model: nn.Module) -> Encoders:
+        """The modules behind a drop-in for segment-anything."""
+
+    # How it is told apart.
+
+    @abstractmethod
+    def architecture(self, model: nn.Module) -> dict[str, Any]:
+        """Settings of the configuration that tell two architectures apart although all shapes are equal."""
+
+    @property
+    @abstractmethod
+    def untouched(self) -> tuple[str, ...]:
+        """Tensors that stay in floating point and are changed by no method: they tell which model a packed one is of.
+
+        By the names of ``model_class``.
+        """
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+@functools.cache
+def _import_families() -> None:
+    from carsam.plugins import load_plugins
+
+    package = Path(__file__).parent
+    for module in pkgutil.iter_modules([str(package)]):
+        if module.ispkg and (package / module.name / "family.py").is_file():
+            importlib.import_module(f"carsam.models.{module.name}.family")
+    load_plugins()
+
+
+def families() -> dict[str, Family]:
+    """All families by name: every folder here with a ``family.py``, and whatever subclasses were imported."""
+    _import_families()
+    found: dict[str, Family] = {}
+    pending = list(Family.__subclasses__())
+    while pending:
+        cls = pending.pop()
+        pending += cls.__subclasses__()
+        if cls.__dict__.get("name"):
+            found[cls.name] = cls()
+    return dict(sorted(found.items()))
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model: the one with the most specific class that the model is an instance of.
+
+    Raises:
+        CheckpointError: carsam knows no such model.
+    """
+    order = type(model).__mro__
+    known = [family for family in families().values() if family.model_class in order]
+    if not known:
+        raise CheckpointError(f"{type(model).__name__} is not supported; carsam quantizes {supported_classes()}.")
+    return min(known, key=lambda family: order.index(family.model_class))
+
+
+def family_of_type(model_type: object) -> Family | None:
+    """The family of a ``config.json`` with this ``model_type``; None where carsam has none."""
+    return next((family for family in families().values() if model_type in family.model_types), None)
+
+
+def supported_classes() -> str:
+    """The model classes that carsam knows, for messages."""
+    return " and ".join(sorted(family.model_class.__name__ for family in families().values()))
+
+
+def find_sites(model: nn.Module) -> Sites:
+    """The sites of a model.
+
+    Raises:
+        CheckpointError: No family knows the model, or it is not laid out as its family's are.
+    """
+    return family_of(model).sites(model)

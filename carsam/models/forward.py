@@ -1,0 +1,54 @@
+"""A model in two halves: an image becomes embeddings, and prompts with embeddings become masks.
+
+Prediction, calibration and evaluation all run models through these functions, so that the same prompt gives the same
+numbers everywhere.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from carsam.models.family import family_of
+
+
+def encode_image(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Image embeddings ``(B, C, h, w)`` of preprocessed images ``(B, 3, S, S)``, on the model's device."""
+    return family_of(model).encode_image(model, pixel_values)
+
+
+def predict_logits(
+    model: nn.Module,
+    image_embeddings: Tensor,
+    *,
+    points: Tensor | None = None,
+    labels: Tensor | None = None,
+    boxes: Tensor | None = None,
+    masks: Tensor | None = None,
+    multimask_output: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Decodes B prompts of one image, with segment-anything's batching.
+
+    Args:
+        model: The model.
+        image_embeddings: ``(1, C, h, w)``.
+        points: ``(B, N, 2)`` as (x, y) in pixels of the input frame.
+        labels: ``(B, N)``: 1 foreground, 0 background, -1 no point.
+        boxes: ``(B, 4)`` or ``(B, 1, 4)`` XYXY in pixels of the input frame.
+        masks: Logits ``(B, 1, h, w)`` or ``(1, 1, h, w)`` of an earlier prediction.
+        multimask_output: Three masks a prompt instead of one.
+
+    Returns:
+        Low-resolution logits ``(B, M, h, w)`` and predicted IoU ``(B, M)``, float32. Zero prompts give zero masks.
+
+    Raises:
+        ValueError: Shapes do not fit, a number is not finite, a label is unknown, or a box is upside down.
+    """
+    return family_of(model).predict_logits(
+        model,
+        image_embeddings,
+        points=points,
+        labels=labels,
+        boxes=boxes,
+        masks=masks,
+        multimask_output=multimask_output,
+    )

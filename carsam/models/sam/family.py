@@ -1,0 +1,182 @@
+"""SAM (arXiv 2304.02643): a ViT over the image, a prompt encoder, and the two-way mask decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, SamModel
+from transformers.models.sam.modeling_sam import SamVisionAttention
+
+from carsam.errors import CheckpointError
+from carsam.models.attention import MatMulQuantizers
+from carsam.models.family import ENCODER, Encoders, Family, Part, Stage, Tensors
+from carsam.models.sam import decoder, encoder, forward, meta
+from carsam.models.sam.attention import QuantizedVisionAttention
+from carsam.models.sam.declared import check_declared
+from carsam.models.sites import AttentionSite, LayerSite, Sites
+from carsam.reconstruct.units import Unit
+
+if TYPE_CHECKING:
+    from carsam.prompts.calibration import CalibrationImage
+
+
+class Sam(Family):
+    """transformers' ``SamModel`` and Meta's checkpoints of it.
+
+    Families with another image encoder before the same decoder derive from this one and override what says
+    ``image encoder``.
+    """
+
+    name = "sam"
+    title = "SAM"
+    model_types = ("sam",)
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        return SamModel
+
+    # Image encoder.
+
+    def encoder_attentions(self, model: nn.Module) -> list[AttentionSite]:
+        """Attentions of the image encoder, in execution order."""
+        return encoder.encoder_attentions(model)
+
+    def encoder_layers(self, model: nn.Module) -> list[LayerSite]:
+        """Quantized layers of the image encoder, in execution order."""
+        return encoder.encoder_layers(model)
+
+    def readers(self, model: nn.Module) -> tuple[tuple[str, str], ...]:
+        """Norms of the image encoder with the layers that read them."""
+        return encoder.readers(model)
+
+    def encoder_paths(self, model: nn.Module) -> tuple[str, ...]:
+        """Module paths of the image encoder's stages, in execution order."""
+        return (*encoder.blocks(model), encoder.NECK)
+
+    def encoder_stages(self, sites: Sites) -> tuple[Stage, ...]:
+        """Stages of the image encoder."""
+        return tuple(encoder.chain(path) for path in sites.encoder_stages)
+
+    def enter_encoder(self, model: nn.Module, before: Tensors, image: CalibrationImage) -> Tensors:
+        """Input of the image encoder's first stage."""
+        return encoder.enter_encoder(model, before, image)
+
+    def with_matmul(self, attention: nn.Module, matmul: MatMulQuantizers) -> nn.Module:
+        if isinstance(attention, SamVisionAttention):
+            return QuantizedVisionAttention(attention, matmul)
+        return super().with_matmul(attention, matmul)
+
+    def valid_queries(self, stage: nn.Module, outputs: Tensors) -> Tensor | None:
+        # Blocks keep the grid that they are given; the neck, which has no windows, does not matter.
+        return encoder.valid_queries(stage, *outputs["hidden_states"].shape[1:3])
+
+    # The whole model.
+
+    def sites(self, model: nn.Module) -> Sites:
+        blocks = decoder.two_way_blocks(model)
+        attentions = [*self.encoder_attentions(model), *decoder.decoder_attentions(blocks)]
+        layers = [*self.encoder_layers(model), *decoder.decoder_layers(blocks)]
+        modules = dict(model.named_modules())
+        missing = [site.name for site in (*layers, *attentions) if site.name not in modules]
+        if missing or not layers:
+            raise CheckpointError(
+                f"this {type(model).__name__} has no module {missing[:3]}; its layout is not one that carsam knows."
+            )
+        return Sites(
+            family=self,
+            layers=tuple(layers),
+            attentions=tuple(attentions),
+            encoder_stages=self.encoder_paths(model),
+            decoder_stages=(*(block.name for block in blocks), decoder.FINAL),
+            decoder=decoder.TRANSFORMER,
+            readers=self.readers(model),
+            moments=decoder.moments(blocks),
+            neighbours=decoder.neighbours(blocks),
+            focus=decoder.focus(blocks),
+        )
+
+    def parts(self, sites: Sites, granularity: str = "module") -> tuple[Part, ...]:
+        blocks = _blocks(sites)
+        return (
+            Part("encoder", self.enter_encoder, self.encoder_stages(sites)),
+            Part(
+                "decoder",
+                decoder.enter_decoder(blocks, granularity),
+                decoder.decoder_stages(blocks, granularity),
+            ),
+        )
+
+    def units(self, sites: Sites, part: str, granularity: str = "module") -> list[Unit]:
+        if part == ENCODER:
+            return encoder.stage_units(self.encoder_stages(sites))
+        return decoder.decoder_units(_blocks(sites), granularity)
+
+    def image_size(self, model: nn.Module) -> int:
+        return int(model.config.vision_config.image_size)
+
+    def low_res_size(self, model: nn.Module) -> int:
+        return 4 * int(model.config.prompt_encoder_config.image_embedding_size)
+
+    def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
+        return forward.encode_image(model, pixel_values)
+
+    def predict_logits(self, model: nn.Module, image_embeddings: Tensor, **prompts: Any) -> tuple[Tensor, Tensor]:
+        return forward.predict_logits(model, image_embeddings, **prompts)
+
+    def forward(self, model: nn.Module, image: CalibrationImage) -> None:
+        with torch.no_grad():
+            model(**image.inputs(model.device))
+
+    def encoders(self, model: nn.Module) -> Encoders:
+        return Encoders(model.vision_encoder, model.prompt_encoder, model.mask_decoder, model.shared_image_embedding)
+
+    # Checkpoints.
+
+    @property
+    def anchor(self) -> str:
+        return "vision_encoder.patch_embed.projection.weight"
+
+    @property
+    def untouched(self) -> tuple[str, ...]:
+        return (
+            "mask_decoder.mask_tokens.weight",
+            "mask_decoder.iou_token.weight",
+            "prompt_encoder.point_embed.2.weight",
+        )
+
+    def find_state(self, content: object, source: str) -> Mapping[str, Tensor] | None:
+        return meta.find_meta_state(content, source)
+
+    def from_state(self, state: Mapping[str, Tensor], source: str, image_size: int | None = None) -> PreTrainedModel:
+        model = meta.sam_from_meta(state, source)
+        if image_size not in (None, self.image_size(model)):
+            raise CheckpointError(
+                f"{source} takes images of {self.image_size(model)} pixels, as its position embeddings say, not "
+                f"{image_size}; leave out the image size."
+            )
+        return model
+
+    def check_declared(
+        self, config: Mapping[str, Any], shapes: Mapping[str, Any], source: str, *, weights_per_element: float = 1
+    ) -> None:
+        check_declared(config, shapes, source, weights_per_element=weights_per_element)
+
+    def foreign(self, names: list[str]) -> str | None:
+        return meta.why_not_sam(names)
+
+    def architecture(self, model: nn.Module) -> dict[str, Any]:
+        vision = model.config.vision_config
+        found = {key: getattr(vision, key) for key in ("image_size", "patch_size", "window_size")}
+        return {
+            **found,
+            "num_attention_heads": vision.num_attention_heads,
+            "global_attn_indexes": list(vision.global_attn_indexes),
+        }
+
+
+def _blocks(sites: Sites) -> tuple[decoder.TwoWayBlock, ...]:
+    """The decoder's blocks: all of its stages but the last, the final attention."""
+    return tuple(decoder.TwoWayBlock(name) for name in sites.decoder_stages[:-1])
