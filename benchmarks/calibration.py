@@ -23,7 +23,8 @@ from carsam.config import QuantizeConfig
 from carsam.methods.base import create
 from carsam.models.prepare import prepare_model
 from carsam.models.sam.random import random_sam
-from carsam.models.sites import find_sites, replace_module
+from carsam.models.family import find_sites
+from carsam.models.sites import replace_module
 from carsam.prompts.calibration import CalibrationImage, CalibrationSet
 from carsam.reconstruct.optimize import optimise
 from carsam.run import walk as walking

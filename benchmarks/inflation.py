@@ -28,7 +28,7 @@ from carsam import pipeline
 from carsam.config import CalibrationConfig, QuantizeConfig
 from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.methods.base import create, registry
-from carsam.models.sites import find_sites
+from carsam.models.family import find_sites
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.quantizers.rounding import rectified_sigmoid
 

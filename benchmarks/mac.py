@@ -19,7 +19,7 @@ from carsam.config import QuantizeConfig
 from carsam.methods.base import create
 from carsam.models.prepare import prepare_model
 from carsam.models.sam.random import random_sam
-from carsam.models.sites import find_sites
+from carsam.models.family import find_sites
 from carsam.quantizers import simulate
 from carsam.run.memory import peak_memory
 from carsam.run.walk import fit_weights

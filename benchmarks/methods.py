@@ -24,7 +24,7 @@ from carsam import pipeline
 from carsam.config import CalibrationConfig, QuantizeConfig
 from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.methods.base import registry
-from carsam.models.sites import find_sites
+from carsam.models.family import find_sites
 from carsam.prompts.calibration import calibration_set
 from carsam.run.store import UnitStore
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from carsam.data.images.reading import read_image
 from carsam.data.images.transforms import Preprocessor
-from carsam.models.sites import find_sites
+from carsam.models.family import find_sites
 from carsam.pack.checkpoint import open_model
 from carsam.predict.predictor import encode_image, predict_logits
 

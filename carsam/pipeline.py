@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.bits.plan import BitPlan
 from carsam.calibrate.cache import CacheSpace
@@ -25,9 +25,10 @@ from carsam.data.images.normalisation import Normalisation, named_normalisation,
 from carsam.device import resolve_device
 from carsam.errors import CarsamError, CheckpointError, ConfigError
 from carsam.methods.base import Method, create
+from carsam.models.family import find_sites
 from carsam.models.load import load_model
 from carsam.models.prepare import prepare_model
-from carsam.models.sites import Sites, find_sites
+from carsam.models.sites import Sites
 from carsam.output.checks import base_ingredients, check_equal, check_space, ingredients
 from carsam.output.files import write_json
 from carsam.output.finished import RESULTS, differing_settings, finished_report, read_quantization, read_recipe
@@ -39,10 +40,11 @@ from carsam.pack.layout import pack
 from carsam.pack.writing import Facts, attach
 from carsam.prompts.calibration import CalibrationSet, calibration_set
 from carsam.quantizers import QuantizedLayer
+from carsam.run.context import Hooks, Progress, RunContext
 from carsam.run.memory import peak_memory
 from carsam.run.progress import Stages
 from carsam.run.store import UnitStore, fingerprint
-from carsam.run.walk import Progress, Walk, WalkReport, fit_weights, quantized_layers
+from carsam.run.walk import Walk, WalkReport, fit_weights, quantized_layers
 from carsam.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class QuantizeResult:
         stages: Wall-clock time by stage, in order (:data:`carsam.run.progress.STAGES`).
     """
 
-    model: SamModel
+    model: PreTrainedModel
     recipe: dict[str, Any]
     report: WalkReport
     seconds: float
@@ -84,7 +86,7 @@ class QuantizeResult:
 
 
 def quantize(
-    model: SamModel | str | Path,
+    model: PreTrainedModel | str | Path,
     images: str | Path | CalibrationSet,
     config: QuantizeConfig | None = None,
     *,
@@ -97,6 +99,7 @@ def quantize(
     unit_cache: str | Path | None = None,
     cache_gigabytes: float = 6.0,
     progress: Progress | bool | None = None,
+    hooks: Hooks | None = None,
 ) -> QuantizeResult:
     """Quantizes a SAM.
 
@@ -104,7 +107,7 @@ def quantize(
     equal to what was computed. Nobody else may write to ``out`` meanwhile.
 
     Args:
-        model: A float ``SamModel`` (left as it is), or what :func:`carsam.load_model` takes.
+        model: A float model (left as it is), or what :func:`carsam.load_model` takes.
         images: Folder of calibration images, or a ready calibration set.
         config: Method, bits and data settings; the default is CAR-SAM at W4A4.
         out: Where to write the packed folder; None keeps the model in memory only.
@@ -118,6 +121,7 @@ def quantize(
         progress: True shows a bar on a terminal or in a notebook, and lines elsewhere. Or what is called as
             ``progress(unit_index, n_units, unit_name, step, n_steps)``; where it has a method
             ``stage(name, done, total)``, that is told of the stages: see :class:`carsam.run.progress.StageProgress`.
+        hooks: For whoever measures the run itself; see :class:`carsam.run.context.Hooks`.
 
     Returns:
         The packed model and the reports. With ``out``, the model is the one loaded back from there.
@@ -139,7 +143,7 @@ def quantize(
         if progress is True:
             from carsam.commands.progress import shown
 
-            name = "a model" if isinstance(model, SamModel) else model
+            name = "a model" if isinstance(model, PreTrainedModel) else model
             progress = stack.enter_context(shown(f"quantizing {name} to {config.bits.upper()}"))
         progress = progress or None
         stages = Stages(progress)
@@ -149,7 +153,7 @@ def quantize(
             stack.enter_context(output)
             partial = Partial(output.partial, output.target)
             if output.target.exists() and not overwrite and not restart:
-                name = "" if isinstance(model, SamModel) else str(model)
+                name = "" if isinstance(model, PreTrainedModel) else str(model)
                 done = _finished(output, run, name, partial, write_results, started)
                 if done is not None:
                     return done
@@ -176,20 +180,29 @@ def quantize(
                     kept.check(found)
                     kept.begin(found, len(run.method.units(sites)))
                 check_space(output, reference, sites, run.plan, partial)
-            space = CacheSpace(int(cache_gigabytes * 2**30))
-            quantized, report = _quantize(reference, sites, run, data, store, space, progress, stages)
+            context = RunContext(
+                device=run.device,
+                seed=config.calibration.seed,
+                store=store,
+                space=CacheSpace(int(cache_gigabytes * 2**30)),
+                progress=progress,
+                stages=stages,
+                hooks=hooks or Hooks(),
+            )
+            quantized, report = _quantize(reference, sites, run, data, context)
+            context.hooks.before_packing(quantized)
 
             recipe = {
                 "carsam_version": __version__,
-                "model": "" if isinstance(model, SamModel) else str(model),
+                "model": "" if isinstance(model, PreTrainedModel) else str(model),
                 **config.to_dict(),
                 "settings": run.method.to_dict(),
                 "calibration_fingerprint": data.fingerprint,
             }
-            with stages("packing"):
+            with stages("packing"), context.hooks.work("pack"):
                 packed = pack(quantized, sites)
 
-            def result(model: SamModel) -> QuantizeResult:
+            def result(model: PreTrainedModel) -> QuantizeResult:
                 seconds = time.perf_counter() - started
                 peak = peak_memory(run.device)
                 return QuantizeResult(model, recipe, report, seconds, peak, data.skipped, dict(stages.seconds))
@@ -197,12 +210,12 @@ def quantize(
             if output is None:
                 return result(attach(packed, Facts(recipe)))
             with output.replacing() as replacement:
-                with stages("packing"):
+                with stages("packing"), context.hooks.work("write"):
                     write_folder(packed, replacement.folder, recipe)
                     if write_results:
                         write_json(replacement.folder / RESULTS, {"quantization": result(packed).to_dict()})
                     replacement.move()
-                with stages("verifying"):
+                with stages("verifying"), context.hooks.work("verify"):
                     loaded = load(output.target, device=run.device)
                     check_equal(packed, loaded, output.path)
         if kept is not None:
@@ -251,11 +264,13 @@ class _Run:
     device: torch.device
 
 
-def _reference(model: SamModel | str | Path, device: torch.device, normalisation: Normalisation | None) -> SamModel:
+def _reference(
+    model: PreTrainedModel | str | Path, device: torch.device, normalisation: Normalisation | None
+) -> PreTrainedModel:
     """The float model to quantize; a copy of the caller's."""
-    if isinstance(model, SamModel) and any(isinstance(module, PackedLayer) for module in model.modules()):
+    if isinstance(model, PreTrainedModel) and any(isinstance(module, PackedLayer) for module in model.modules()):
         raise CheckpointError("this model is packed already; quantize the float model that it was made from.")
-    reference = copy.deepcopy(model) if isinstance(model, SamModel) else load_model(model)
+    reference = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model)
     # Written into its configuration: a folder that it names may be another one by the time of packing.
     set_normalisation(reference, normalisation or normalisation_of(reference))
     return reference.requires_grad_(False).eval().float().to(device)
@@ -264,7 +279,7 @@ def _reference(model: SamModel | str | Path, device: torch.device, normalisation
 def _inputs(model: Any, images: Any, config: QuantizeConfig) -> dict[str, str | Path | None]:
     """What a run reads, which must not be written into."""
     return {
-        "model": None if isinstance(model, SamModel) else model,
+        "model": None if isinstance(model, PreTrainedModel) else model,
         "images": None if isinstance(images, CalibrationSet) else images,
         "COCO file": None if isinstance(images, CalibrationSet) else config.calibration.coco,
     }
@@ -286,54 +301,37 @@ def _keeping(partial: Partial | None) -> Iterator[None]:
 
 
 def _quantize(
-    reference: SamModel,
-    sites: Sites,
-    run: _Run,
-    data: CalibrationSet,
-    store: UnitStore,
-    space: CacheSpace,
-    progress: Progress | None,
-    stages: Stages,
-) -> tuple[SamModel, WalkReport]:
+    reference: PreTrainedModel, sites: Sites, run: _Run, data: CalibrationSet, context: RunContext
+) -> tuple[PreTrainedModel, WalkReport]:
     """From the float model to one whose weights are all integers."""
-    method, plan, device, seed = run.method, run.plan, run.device, run.config.calibration.seed
+    method, plan, stages, hooks = run.method, run.plan, context.stages, context.hooks
     with stages("weight grids"):
-        transforms = method.transform(reference, sites, data)
+        with hooks.work("transform"):
+            transforms = method.transform(reference, sites, data)
         model = copy.deepcopy(reference)
         prepare_model(model, sites, plan, method.quantizer_for, method.softmax_for)
-        model.to(device).requires_grad_(False)
-        fit_weights(model, method.weight_observer)
+        model.to(context.device).requires_grad_(False)
+        with hooks.work("fit weights"):
+            fit_weights(model, method.weight_observer)
 
     report = WalkReport()
     units = method.units(sites)
     if units:
-        bits = [plan.weight_bits(site.name) for site in sites.linears]
+        bits = [plan.weight_bits(site.name) for site in sites.layers]
         bits += [plan.activation_bits(name) for name in sites.activation_names]
-        base_key = fingerprint(base_ingredients(reference, data, seed, device), bits)
+        base_key = fingerprint(base_ingredients(reference, data, context.seed, context.device), bits)
         with stages("units", len(units)):
-            report = Walk(
-                model,
-                reference,
-                sites,
-                method,
-                data,
-                seed=seed,
-                device=device,
-                base_key=base_key,
-                store=store,
-                space=space,
-                progress=progress,
-            ).run()
+            report = Walk(model, reference, sites, method, data, base_key, context).run()
     else:
         total = len(data.images)
 
         def advance(done: int, _: int) -> None:
             stages.advance(done, total)
-            if progress is not None:
-                progress(0, 1, "calibration", done, total)
+            if context.progress is not None:
+                context.progress(0, 1, "calibration", done, total)
 
-        with stages("ranges", total):
-            calibrate(model, data, method.activation_observer, device=device, progress=advance)
+        with stages("ranges", total), hooks.work("ranges"):
+            calibrate(model, data, method.activation_observer, progress=advance)
             for layer in quantized_layers([model]):
                 layer.freeze()
     report.transforms = transforms

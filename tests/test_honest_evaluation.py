@@ -16,7 +16,8 @@ from transformers import SamModel
 import carsam
 from carsam import pipeline
 from carsam.methods.base import create
-from carsam.models.sites import Sites, find_sites
+from carsam.models.family import find_sites
+from carsam.models.sites import Sites
 from carsam.pack.layers import PackedLayer
 from carsam.pack.layout import pack
 from carsam.quantizers import QuantizedLayer, simulate
@@ -124,7 +125,7 @@ def test_only_integers_are_packed(learned):
         pack(left_soft(learned), learned.sites)
     # One soft layer in the whole model is enough.
     single = copy.deepcopy(learned.model)
-    single.get_submodule(learned.sites.linears[-1].name).codes = None
+    single.get_submodule(learned.sites.layers[-1].name).codes = None
     with pytest.raises(RuntimeError, match="not an integer"):
         pack(single, learned.sites)
     # What can be packed of that state are the integers that it rounds to.
@@ -133,7 +134,7 @@ def test_only_integers_are_packed(learned):
         if isinstance(module, QuantizedLayer):
             module.freeze()
     pack(rounded, learned.sites)
-    for site in learned.sites.linears:
+    for site in learned.sites.layers:
         ours, file = rounded.get_submodule(site.name), learned.packed.get_submodule(site.name)
         assert isinstance(ours, PackedLayer) and isinstance(file, PackedLayer)
         assert torch.equal(ours.integer_weight(), file.integer_weight()), site.name

@@ -24,8 +24,8 @@ import carsam
 from carsam.calibrate.cache import CacheSpace
 from carsam.errors import CarsamError, CheckpointError
 from carsam.methods.base import create
+from carsam.models.family import find_sites
 from carsam.models.prepare import prepare_model
-from carsam.models.sites import find_sites
 from carsam.pack.checkpoint import save_packed
 from carsam.pack.folder import sha256
 from carsam.pack.layout import pack

@@ -75,7 +75,7 @@ class BitPlan:
             if not any(fnmatchcase(name, pattern) for name in sites.names):
                 raise ConfigError(
                     f"the bit setting {pattern!r} matches no site; site names look like "
-                    f"{sites.linears[0].name!r} or {sites.attentions[-1].operand('probs')!r}."
+                    f"{sites.layers[0].name!r} or {sites.attentions[-1].operand('probs')!r}."
                 )
 
     def _bits(self, *names: str) -> Bits:

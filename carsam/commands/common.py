@@ -19,7 +19,7 @@ from carsam.output.files import clear_spills, write_json
 from carsam.output.signals import interrupts, message
 
 if TYPE_CHECKING:
-    from transformers import SamModel
+    from transformers import PreTrainedModel
 
 RESULTS = "results.json"
 METHODS = (
@@ -123,7 +123,7 @@ def show_warnings() -> None:
         logger.addHandler(_Warnings(logging.WARNING))
 
 
-def open_model(source: str, device: str, normalise: str | None = None) -> SamModel:
+def open_model(source: str, device: str, normalise: str | None = None) -> PreTrainedModel:
     """A packed or a float model, whichever ``source`` is: a folder, a Hub id, or a checkpoint file.
 
     Raises:
@@ -172,7 +172,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results if isinstance(results, dict) else {}
 
 
-def float16_bytes(model: SamModel) -> int:
+def float16_bytes(model: PreTrainedModel) -> int:
     """Bytes of a model's weights in FP16, also of a packed model: what its float file weighs."""
     from carsam.pack.checkpoint import packed_state
     from carsam.pack.layers import PackedLayer

@@ -13,7 +13,7 @@ from carsam.commands.common import float16_bytes, megabytes, open_model, read_re
 from carsam.commands.output import Json, Output, Quiet
 
 if TYPE_CHECKING:
-    from transformers import SamModel
+    from transformers import PreTrainedModel
 
 REGIONS = {
     "vision_encoder.layers": "encoder blocks",
@@ -30,13 +30,14 @@ def info(
     quiet: Quiet = False,
 ) -> None:
     """Show method, bits, sizes and layers of a model."""
+    from carsam.models.family import family_of
     from carsam.pack.checkpoint import folder_size
     from carsam.pack.source import packed_folder
 
     output = Output(json, quiet=quiet)
     folder = packed_folder(model)
     sam = open_model(model, "cpu")
-    half, size = float16_bytes(sam), sam.config.vision_config.image_size
+    half, size = float16_bytes(sam), family_of(sam).image_size(sam)
     known: dict[str, Any] = {"model": model, "packed": folder is not None, "float16_bytes": half, "input_pixels": size}
     if folder is not None:
         config = sam.config.quantization_config
@@ -91,15 +92,15 @@ class Region:
     weights: int
 
 
-def region_rows(model: SamModel) -> list[Region]:
+def region_rows(model: PreTrainedModel) -> list[Region]:
     """Quantizable layers and their parameters by region, and the rest."""
-    from carsam.models.sites import find_sites
+    from carsam.models.family import find_sites
     from carsam.pack.layers import PackedLayer
 
     layers: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     bits: dict[str, Counter[str]] = {region: Counter() for region in REGIONS.values()}
-    for site in find_sites(model).linears:
+    for site in find_sites(model).layers:
         layer = model.get_submodule(site.name)
         region = next(title for prefix, title in REGIONS.items() if site.name.startswith(prefix))
         packed = isinstance(layer, PackedLayer)

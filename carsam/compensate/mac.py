@@ -19,6 +19,7 @@ from carsam.compensate.closed_form import (
     compensate_value,
 )
 from carsam.errors import ConfigError
+from carsam.models.sites import AttentionSite
 from carsam.quantizers import QuantizedLayer, simulate
 
 
@@ -79,6 +80,37 @@ class MacReport:
     change: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Coupled:
+    """An attention that is called with ``query``, ``key`` and ``value``, and its projections.
+
+    Attributes:
+        name: Module path.
+        module: The attention; its ``matmul`` quantizes the MatMuls' inputs.
+        layers: The projections by ``query``, ``key``, ``value``.
+        heads: Number of heads.
+        scaling: Factor of the scores.
+    """
+
+    name: str
+    module: nn.Module
+    layers: dict[str, nn.Module]
+    heads: int
+    scaling: float
+
+    @classmethod
+    def of(cls, model: nn.Module, site: AttentionSite) -> Coupled:
+        """A coupled attention site of a model."""
+        assert site.coupled, f"{site.name} reads one tensor"
+        module = model.get_submodule(site.name)
+        layers = {which: model.get_submodule(getattr(site, which).layer) for which in ("query", "key", "value")}
+        return cls(site.name, module, layers, module.num_attention_heads, module.scaling)
+
+    def matrices(self) -> list[Tensor]:
+        """Query, key and value projection per head, (heads, d_in + 1, d_head) each; copies."""
+        return [projection_matrix(layer, self.heads).clone() for layer in self.layers.values()]
+
+
 @dataclass
 class _Operands:
     """One attention's MatMul inputs on one item: (n, heads, tokens, d_head) each, and the attention."""
@@ -121,27 +153,27 @@ def add_to_projection(layer: QuantizedLayer, change: Tensor) -> float:
     return (change.norm() / size).item()
 
 
-def _operands(attention: nn.Module, call: dict[str, Tensor], reference: list[Tensor] | None = None) -> _Operands:
+def _operands(attention: Coupled, call: dict[str, Tensor], reference: list[Tensor] | None = None) -> _Operands:
     """MatMul inputs as the simulation has them; with ``reference`` projections (W per head), in floating point."""
-    heads = attention.num_attention_heads
+    heads = attention.heads
     if reference is not None:
         inputs = (call["query"], call["key"], call["value"])
         q, k, v = (with_ones(x)[:, None] @ w for x, w in zip(inputs, reference))
         scores = q @ k.transpose(-2, -1) * attention.scaling
         return _Operands(q, k, v, scores, torch.softmax(scores, -1))
-    matmul = attention.matmul
-    q = matmul.query(split_heads(attention.q_proj(call["query"]), heads))
-    k = matmul.key(split_heads(attention.k_proj(call["key"]), heads))
-    v = matmul.value(split_heads(attention.v_proj(call["value"]), heads))
+    matmul = attention.module.matmul
+    q, k, v = (
+        getattr(matmul, which)(split_heads(layer(call[which]), heads)) for which, layer in attention.layers.items()
+    )
     scores = q @ k.transpose(-2, -1) * attention.scaling
     return _Operands(q, k, v, scores, matmul.probs(scores))
 
 
-def attention_calls(attention: nn.Module, runs: Iterable[Callable[[], object]]) -> Iterator[dict[str, Tensor]]:
+def attention_calls(attention: Coupled, runs: Iterable[Callable[[], object]]) -> Iterator[dict[str, Tensor]]:
     """Inputs of the attention for every calibration item, from the quantized-so-far model."""
     for run in runs:
         with simulate(weights=True, activations=True, drop=0.0):
-            _, call = capture_call(attention, run)
+            _, call = capture_call(attention.module, run)
         yield {name: call[name] for name in ("query", "key", "value")}
 
 
@@ -166,7 +198,7 @@ class _Errors:
 
 
 def attention_errors(
-    attention: nn.Module, calls: Iterable[dict[str, Tensor]], reference: list[Tensor]
+    attention: Coupled, calls: Iterable[dict[str, Tensor]], reference: list[Tensor]
 ) -> tuple[float, float]:
     """Relative squared errors of an attention's scores and output against float projections.
 
@@ -182,7 +214,7 @@ def attention_errors(
 
 
 def _pairs(
-    attention: nn.Module, calls: Iterable[dict[str, Tensor]], reference: list[Tensor]
+    attention: Coupled, calls: Iterable[dict[str, Tensor]], reference: list[Tensor]
 ) -> Iterator[tuple[_Operands, _Operands]]:
     """Operands of every item, in floating point by the reference and with everything quantized."""
     for call in calls:
@@ -194,8 +226,7 @@ def _pairs(
 
 @torch.no_grad()
 def compensate_attention(
-    attention: nn.Module,
-    name: str,
+    attention: Coupled,
     runs: list[Callable[[], object]],
     settings: MacSettings,
     *,
@@ -208,8 +239,7 @@ def compensate_attention(
     are applied together. Then weight grids are fitted and ranges observed again, and D_V answers what is left in P̂.
 
     Args:
-        attention: A decoder attention with quantized projections and MatMuls, ranges set.
-        name: Its module path, for the report.
+        attention: An attention with quantized projections and MatMuls, ranges set.
         runs: One callable per calibration item that runs the network up to the attention.
         settings: Which branches, and how.
         weight_observer, activation_observer: For the grids that are fitted again after a projection changed.
@@ -217,20 +247,18 @@ def compensate_attention(
     Returns:
         Errors before and after.
     """
-    heads = attention.num_attention_heads
-    layers = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
-    original = [projection_matrix(layer, heads).clone() for layer in layers.values()]
+    layers, original = attention.layers, attention.matrices()
     calls = list(attention_calls(attention, runs))
-    report = MacReport(name)
+    report = MacReport(attention.name)
 
     def refit() -> None:
         """Fits weight grids and observes the attention's ranges again, on its own inputs alone."""
         for layer in layers.values():
             layer.fit_weight(weight_observer)
-        recorder = RangeRecorder([attention])
+        recorder = RangeRecorder([attention.module])
         with recorder.recording(), simulate(weights=True, activations=False):
             for call in calls:
-                attention(**call)
+                attention.module(**call)
         recorder.apply(activation_observer)
 
     for_query, for_key = ProductStatistics.empty(), ProductStatistics.empty()

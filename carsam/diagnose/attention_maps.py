@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import SamModel
 
 from carsam.diagnose.measures import dead_rows, entropy, focus_overlap, kl_divergence
 from carsam.diagnose.results import AttentionResult, Dissipation
@@ -31,7 +30,7 @@ class MapRecorder:
         queries: Number of queries of each attention seen, before striding.
     """
 
-    def __init__(self, model: SamModel, sites: Sites):
+    def __init__(self, model: nn.Module, sites: Sites):
         self.queries: dict[str, int] = {}
         self._probs = {site.name: model.get_submodule(site.name).matmul.probs for site in sites.attentions}
         self._heads = {site.name: model.get_submodule(site.name).num_attention_heads for site in sites.attentions}
@@ -70,23 +69,6 @@ class MapRecorder:
 def query_stride(queries: int, keys: int) -> int:
     """Step between the queries that are kept."""
     return odd_step_within(queries * keys, MAP_ELEMENTS)
-
-
-def valid_queries(stage: nn.Module, height: int, width: int) -> Tensor | None:
-    """Which queries of an encoder stage's windows lie on the image grid: SAM pads the last windows with zeros.
-
-    Args:
-        stage: An encoder block, or the neck.
-        height, width: Size of the grid.
-
-    Returns:
-        (windows, queries) bool; None where there are no windows.
-    """
-    side = getattr(stage, "window_size", 0)
-    if side == 0:
-        return None
-    windows, _ = stage.window_partition(torch.ones(1, height, width, 1), side)
-    return windows.flatten(1) > 0
 
 
 @dataclass

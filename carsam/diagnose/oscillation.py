@@ -12,31 +12,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import SamModel
 
 from carsam.calibrate.cache import ActivationCache, CacheSpace, cached
 from carsam.diagnose.measures import RelativeError, total_variation
 from carsam.diagnose.pair import Pair
 from carsam.diagnose.results import Moment, Neighbour, Oscillation
 from carsam.models.sites import Sites, replace_module
+from carsam.prompts.calibration import CalibrationImage
 from carsam.prompts.samples import PROMPTS_PER_BATCH
 from carsam.quantizers import simulate
-from carsam.reconstruct.units import Unit, decoder_input, run_module
+from carsam.reconstruct.units import Unit
 
 NEAREST, ENCODER = "nearest rounding", "encoder"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the decoder.
-
-    Attributes:
-        name: Path below the transformer.
-        output: Module path of the norm after its residual: its output is what the rest of the decoder reads.
-    """
-
-    name: str
-    output: str
+# The decoder starts from embeddings here.
+NO_PIXELS = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -56,16 +45,9 @@ class UnitGroup:
         return any(path == own or path.startswith(own + ".") for own in self.paths)
 
 
-def decoder_stages(sites: Sites) -> tuple[Stage, ...]:
-    """The decoder's parts in execution order."""
-    prefix = sites.decoder + "."
-    stages = []
-    for block in sites.two_way_blocks:
-        parts = (block.self_attention, block.token_to_image, block.mlp, block.image_to_token)
-        for number, part in enumerate(parts, start=1):
-            stages.append(Stage(part.removeprefix(prefix), f"{block.name}.layer_norm{number}"))
-    stages.append(Stage(sites.final_attention.removeprefix(prefix), f"{prefix}layer_norm_final_attn"))
-    return tuple(stages)
+def below(sites: Sites, path: str) -> str:
+    """A module path below the decoder's."""
+    return path.removeprefix(sites.decoder + ".")
 
 
 def unit_groups(units: list[Unit], sites: Sites) -> tuple[UnitGroup, ...]:
@@ -91,23 +73,9 @@ def unit_groups(units: list[Unit], sites: Sites) -> tuple[UnitGroup, ...]:
     return tuple(UnitGroup(name, paths) for paths, name in groups.items())
 
 
-def coupled_stages(sites: Sites) -> list[tuple[str, str]]:
-    """``(stage, neighbour)`` module paths: the two cross-attentions of a block, and across blocks what reads the image
-    that the neighbour wrote."""
-    pairs = []
-    readers = [block.token_to_image for block in sites.two_way_blocks[1:]] + [sites.final_attention]
-    for block, reader in zip(sites.two_way_blocks, readers):
-        pairs += [
-            (block.token_to_image, block.image_to_token),
-            (block.image_to_token, block.token_to_image),
-            (reader, block.image_to_token),
-        ]
-    return pairs
-
-
 @contextmanager
-def stage_outputs(model: SamModel, stages: tuple[Stage, ...]) -> Iterator[dict[str, Tensor]]:
-    """A mapping that holds, after each pass inside the block, the output of every stage by name."""
+def moment_outputs(model: nn.Module, sites: Sites) -> Iterator[dict[str, Tensor]]:
+    """A mapping that holds, after each pass inside the block, the decoder's stream behind every part, by its name."""
     outputs: dict[str, Tensor] = {}
 
     def hook_for(name: str):
@@ -116,7 +84,10 @@ def stage_outputs(model: SamModel, stages: tuple[Stage, ...]) -> Iterator[dict[s
 
         return keep
 
-    handles = [model.get_submodule(stage.output).register_forward_hook(hook_for(stage.name)) for stage in stages]
+    handles = [
+        model.get_submodule(moment.output).register_forward_hook(hook_for(below(sites, moment.name)))
+        for moment in sites.moments
+    ]
     try:
         yield outputs
     finally:
@@ -134,26 +105,29 @@ class StageErrors:
     """
 
     def __init__(self, pair: Pair, boxes: list[Tensor], embeddings: list[Tensor]):
-        self.stages = decoder_stages(pair.sites)
+        self.names = tuple(below(pair.sites, moment.name) for moment in pair.sites.moments)
         self._pair = pair
+        _, self._decoder = pair.sites.family.parts(pair.sites, "decoder")
         self._batches = [(index, part) for index, each in enumerate(boxes) for part in each.split(PROMPTS_PER_BATCH)]
-        with stage_outputs(pair.reference, self.stages) as outputs:
+        with moment_outputs(pair.reference, pair.sites) as outputs:
             self._targets: ActivationCache = cached(CacheSpace(), self._passes(pair.reference, embeddings, outputs))
 
     def _passes(
-        self, model: SamModel, embeddings: list[Tensor], outputs: dict[str, Tensor]
+        self, model: nn.Module, embeddings: list[Tensor], outputs: dict[str, Tensor]
     ) -> Iterator[dict[str, Tensor]]:
         device = self._pair.device
         for index, boxes in self._batches:
-            arguments = decoder_input(model, embeddings[index].to(device), boxes.to(device))
-            run_module(model, self._pair.sites.decoder, arguments)
+            image = CalibrationImage("", NO_PIXELS, boxes)
+            inputs = self._decoder.enter(model, {"hidden_states": embeddings[index].to(device)}, image)
+            for stage in self._decoder.stages:
+                stage.run(model, inputs)
             yield dict(outputs)
 
     @torch.no_grad()
-    def measure(self, model: SamModel, embeddings: list[Tensor]) -> tuple[float, ...]:
+    def measure(self, model: nn.Module, embeddings: list[Tensor]) -> tuple[float, ...]:
         """Relative squared error of every stage's output, starting from a model's own image embeddings."""
-        errors = {stage.name: RelativeError() for stage in self.stages}
-        with stage_outputs(model, self.stages) as outputs, simulate(weights=True, activations=True):
+        errors = {name: RelativeError() for name in self.names}
+        with moment_outputs(model, self._pair.sites) as outputs, simulate(weights=True, activations=True):
             for index, values in enumerate(self._passes(model, embeddings, outputs)):
                 targets = self._targets.get(index, self._pair.device)
                 for name, error in errors.items():
@@ -163,7 +137,7 @@ class StageErrors:
 
 def oscillation(
     pair: Pair,
-    rounded: SamModel,
+    rounded: nn.Module,
     boxes: list[Tensor],
     embeddings: tuple[list[Tensor], list[Tensor], list[Tensor]],
     progress: Callable[[int, int], None] = lambda *_: None,
@@ -186,7 +160,7 @@ def oscillation(
     total = len(groups) + 3 if groups else 1
     moments: list[Moment] = []
 
-    def measure(after: str, model: SamModel, image_embeddings: list[Tensor]) -> None:
+    def measure(after: str, model: nn.Module, image_embeddings: list[Tensor]) -> None:
         errors = meter.measure(model, image_embeddings)
         moments.append(Moment(after, errors, total_variation(errors)))
         progress(len(moments), total)
@@ -202,7 +176,7 @@ def oscillation(
     if not groups:
         moments.append(Moment(NEAREST, final, total_variation(final)))
     progress(total, total)
-    names = tuple(stage.name for stage in meter.stages)
+    names = meter.names
     neighbours = _neighbours(pair.sites, names, groups, moments)
     return Oscillation(names, tuple(moments), final, total_variation(final), neighbours)
 
@@ -211,8 +185,8 @@ def _neighbours(
     sites: Sites, stages: tuple[str, ...], groups: tuple[UnitGroup, ...], moments: list[Moment]
 ) -> tuple[Neighbour, ...]:
     found = []
-    for stage, neighbour in coupled_stages(sites):
-        short, other = (path.removeprefix(sites.decoder + ".") for path in (stage, neighbour))
+    for stage, neighbour in sites.neighbours:
+        short, other = below(sites, stage), below(sites, neighbour)
         for number, group in enumerate(groups):
             if group.holds(neighbour):
                 # Moments begin with nearest rounding and the encoder.

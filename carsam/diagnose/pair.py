@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.bits.plan import BitPlan, Bits
 from carsam.calibrate.ranges import calibrate
 from carsam.data.images.normalisation import named_normalisation, normalisation_of, set_normalisation
 from carsam.errors import CheckpointError
 from carsam.methods.base import Method, create
+from carsam.models.family import family_of, find_sites
 from carsam.models.load import load_model
 from carsam.models.prepare import prepare_model
-from carsam.models.sites import Sites, find_sites
+from carsam.models.sites import Sites
 from carsam.pack.checkpoint import RECIPE, load
 from carsam.pack.layers import PackedLayer
 from carsam.pack.source import packed_folder
@@ -28,8 +29,6 @@ from carsam.reading import read_yaml
 from carsam.run.walk import fit_weights, quantized_layers
 
 _FIX = "get the folder again"
-# Stay in floating point and are changed by no method: equal up to FP16 in a packed model and its float original.
-ANCHORS = ("mask_decoder.mask_tokens.weight", "mask_decoder.iou_token.weight", "prompt_encoder.point_embed.2.weight")
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,14 @@ class Pair:
         method: That packed it.
     """
 
-    source: SamModel
-    reference: SamModel
-    packed: SamModel
+    source: PreTrainedModel
+    reference: PreTrainedModel
+    packed: PreTrainedModel
     sites: Sites
     method: Method
 
     @property
-    def models(self) -> tuple[SamModel, SamModel]:
+    def models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Float, packed."""
         return self.reference, self.packed
 
@@ -96,7 +95,7 @@ def open_pair(
     return Pair(source, float_form(source, sites), packed, sites, method)
 
 
-def check_pair(reference: SamModel, packed: SamModel, float_name: str, packed_name: str) -> None:
+def check_pair(reference: PreTrainedModel, packed: PreTrainedModel, float_name: str, packed_name: str) -> None:
     """Refuses models of different architecture, and a packed model that was made from another float model.
 
     Raises:
@@ -113,7 +112,7 @@ def check_pair(reference: SamModel, packed: SamModel, float_name: str, packed_na
             f"{packed_shapes.get(name)}); give the float model that was quantized."
         )
     states = reference.state_dict(), packed.state_dict()
-    for name in ANCHORS:
+    for name in family_of(reference).untouched:
         ours, theirs = (state[name].float().cpu() for state in states)
         if (ours - theirs).norm() > 0.01 * ours.norm():
             raise CheckpointError(
@@ -122,12 +121,8 @@ def check_pair(reference: SamModel, packed: SamModel, float_name: str, packed_na
             )
 
 
-def _architecture(model: SamModel) -> dict[str, Any]:
-    vision = model.config.vision_config
-    found: dict[str, Any] = {
-        key: getattr(vision, key) for key in ("image_size", "patch_size", "window_size", "num_attention_heads")
-    }
-    found["global_attn_indexes"] = list(vision.global_attn_indexes)
+def _architecture(model: PreTrainedModel) -> dict[str, Any]:
+    found = family_of(model).architecture(model)
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
     for name, value in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
@@ -138,7 +133,7 @@ def _architecture(model: SamModel) -> dict[str, Any]:
     return found
 
 
-def float_form(model: SamModel, sites: Sites) -> SamModel:
+def float_form(model: PreTrainedModel, sites: Sites) -> PreTrainedModel:
     """A float model with the quantizers' places (at 16 bits they do nothing): the packed model's hooks then fit it.
 
     Its parameters are the given model's own; nothing is copied.
@@ -149,17 +144,17 @@ def float_form(model: SamModel, sites: Sites) -> SamModel:
         form,
         sites,
         BitPlan(Bits(16, 16)),
-        quantizer_for=lambda _site, bits: ActivationQuantizer(bits),
+        quantizer_for=lambda _site, bits, _role: ActivationQuantizer(bits),
         softmax_for=lambda _site, bits: UniformSoftmax(bits),
     )
     return form.eval().requires_grad_(False)
 
 
-def layout_plan(packed: SamModel, sites: Sites) -> BitPlan:
+def layout_plan(packed: PreTrainedModel, sites: Sites) -> BitPlan:
     """The bits of a packed model, site by site, from its own layout."""
     layout = packed.config.quantization_config.layout
     overrides = []
-    for site in sites.linears:
+    for site in sites.layers:
         spec = layout["layers"].get(site.name)
         overrides.append((site.name, Bits(spec["weight"], spec["input"]["bits"]) if spec else Bits(16, 16)))
     for name, operands in layout["attentions"].items():
@@ -169,7 +164,7 @@ def layout_plan(packed: SamModel, sites: Sites) -> BitPlan:
 
 def round_to_nearest(
     pair: Pair, data: CalibrationSet, progress: Callable[[int, int], None] | None = None
-) -> tuple[SamModel, SamModel]:
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """What every method starts from: nearest rounding at the packed model's bits, with its grids and observers.
 
     Args:
@@ -190,7 +185,7 @@ def round_to_nearest(
     prepare_model(rounded, sites, layout_plan(pair.packed, sites), method.quantizer_for, method.softmax_for)
     rounded.to(pair.device).eval().requires_grad_(False)
     fit_weights(rounded, method.weight_observer)
-    calibrate(rounded, data, method.activation_observer, device=pair.device, progress=progress)
+    calibrate(rounded, data, method.activation_observer, progress=progress)
     for layer in quantized_layers([rounded]):
         layer.freeze()
     return base, rounded

@@ -6,16 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from transformers import SamModel
+from torch import Tensor, nn
 
-from carsam.diagnose.attention_maps import DissipationMeter, MapRecorder, valid_queries
+from carsam.diagnose.attention_maps import DissipationMeter, MapRecorder
 from carsam.diagnose.pair import Pair
 from carsam.diagnose.results import AttentionResult, SiteValues
 from carsam.diagnose.site_values import ValueRecorder
-from carsam.predict.predictor import predict_logits
+from carsam.models.forward import encode_image, predict_logits
 from carsam.prompts.samples import PROMPTS_PER_BATCH, Sample
-from carsam.reconstruct.units import first_stage_input, run_module
 
 # The decoder's tokens are the IoU token, then the mask tokens; without multimask output the first of those is used.
 MASK_TOKEN = 1
@@ -78,20 +76,22 @@ def run_passes(
 
 
 def _encode(pair: Pair, sample: Sample, meter: DissipationMeter, recorders: list[MapRecorder]) -> list[Tensor]:
-    pixels = sample.pixel_values.to(pair.device)
-    hidden = [first_stage_input(model, pixels) for model in pair.models]
-    for stage in pair.sites.encoder_stages:
-        module = pair.reference.get_submodule(stage)
-        grid = hidden[0].shape[1:3]
-        hidden = [run_module(model, stage, {"hidden_states": x})[0] for model, x in zip(pair.models, hidden)]
-        _compare(meter, recorders, valid_queries(module, *grid))
-    return hidden
+    family = pair.sites.family
+    encoder, _ = family.parts(pair.sites)
+    streams = [encoder.enter(model, {}, sample) for model in pair.models]
+    for stage in encoder.stages:
+        outputs = [stage.run(model, values) for model, values in zip(pair.models, streams)]
+        _compare(meter, recorders, family.valid_queries(pair.reference.get_submodule(stage.name), streams[0]))
+        if stage.following is not None:
+            outputs = [stage.following(*each) for each in zip(pair.models, streams, outputs)]
+        streams = outputs
+    return [values["hidden_states"] for values in streams]
 
 
 def _decode(
     pair: Pair, sample: Sample, embeddings: list[Tensor], meter: DissipationMeter, recorders: list[MapRecorder]
 ) -> Outcome:
-    names = [*(block.token_to_image for block in pair.sites.two_way_blocks), pair.sites.final_attention]
+    names = pair.sites.focus
     logits: tuple[list[Tensor], list[Tensor]] = ([], [])
     focus: dict[str, tuple[Tensor, Tensor]] = {}
     for boxes in sample.input_boxes.split(PROMPTS_PER_BATCH):
@@ -113,7 +113,7 @@ def _compare(
     return {name: (probs, quantized[name]) for name, probs in floating.items()}
 
 
-def encode_images(model: SamModel, pair: Pair, samples: tuple[Sample, ...]) -> list[Tensor]:
+def encode_images(model: nn.Module, pair: Pair, samples: tuple[Sample, ...]) -> list[Tensor]:
     """Image embeddings (1, C, h, w) of a model, on the CPU."""
     with torch.no_grad():
-        return [model.get_image_embeddings(sample.pixel_values.to(pair.device)).cpu() for sample in samples]
+        return [encode_image(model, sample.pixel_values).cpu() for sample in samples]

@@ -78,7 +78,7 @@ def diagnose(
     device = resolve_device(device)
     pair = open_pair(float_model, quantized, device, normalise)
     check_target(target)
-    image_size = pair.source.config.vision_config.image_size
+    image_size = pair.sites.family.image_size(pair.source)
 
     samples = read_samples(pair.source, images, coco=coco, limit=limit, prompts=prompts)
     passes = run_passes(pair, samples, report("comparing both models", "image"))

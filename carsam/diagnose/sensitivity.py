@@ -8,16 +8,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import SamModel
 
 from carsam.diagnose.measures import RelativeError
 from carsam.diagnose.results import SiteSensitivity
 from carsam.evaluate.points import mask_iou
+from carsam.models.family import Stage, Tensors, family_of
+from carsam.models.forward import predict_logits
 from carsam.models.sites import OPERANDS, Sites
-from carsam.predict.predictor import predict_logits
 from carsam.prompts.samples import PROMPTS_PER_BATCH, Sample
 from carsam.quantizers import QuantizedLayer, simulate
-from carsam.reconstruct.units import first_stage_input, run_module
 
 # Images that sensitivity is measured on: every one costs a pass for every site.
 MAX_IMAGES = 4
@@ -42,14 +41,14 @@ class Part:
     attribute: str
 
 
-def parts_by_stage(rounded: SamModel, sites: Sites) -> dict[str, list[Part]]:
+def parts_by_stage(rounded: nn.Module, sites: Sites) -> dict[str, list[Part]]:
     """Everything quantized, by encoder stage and for the whole decoder, in execution order."""
     last_layers = {
-        [layer.name for layer in sites.linears if layer.name.startswith(site.name + ".")][-1]: site
+        [layer.name for layer in sites.layers if layer.name.startswith(site.name + ".")][-1]: site
         for site in sites.attentions
     }
     stages: dict[str, list[Part]] = {stage: [] for stage in (*sites.encoder_stages, sites.decoder)}
-    for site in sites.linears:
+    for site in sites.layers:
         stage = next(stage for stage in stages if site.name.startswith(stage + "."))
         parts = []
         if site.name in last_layers:  # the projection after an attention's MatMuls
@@ -66,7 +65,7 @@ def parts_by_stage(rounded: SamModel, sites: Sites) -> dict[str, list[Part]]:
 
 
 @contextmanager
-def swapped(base: SamModel, rounded: SamModel, part: Part) -> Iterator[None]:
+def swapped(base: nn.Module, rounded: nn.Module, part: Part) -> Iterator[None]:
     """Has the float model use one part of the rounded model within the block."""
     owner: nn.Module = base.get_submodule(part.owner)
     before = getattr(owner, part.attribute)
@@ -79,8 +78,8 @@ def swapped(base: SamModel, rounded: SamModel, part: Part) -> Iterator[None]:
 
 @torch.no_grad()
 def sensitivity(
-    base: SamModel,
-    rounded: SamModel,
+    base: nn.Module,
+    rounded: nn.Module,
     sites: Sites,
     samples: tuple[Sample, ...],
     progress: Callable[[int, int], None] = lambda *_: None,
@@ -101,19 +100,23 @@ def sensitivity(
     Returns:
         One entry a part, in execution order.
     """
-    device = base.device
     stages = parts_by_stage(rounded, sites)
-    order = list(sites.encoder_stages)
+    encoder, _ = sites.family.parts(sites)
+    order = list(encoder.stages)
     total, results = sum(len(parts) for parts in stages.values()), []
 
-    def embed(hidden: Tensor, begin: int) -> Tensor:
+    def embed(values: Tensors, begin: int) -> Tensor:
         for stage in order[begin:]:
-            hidden = run_module(base, stage, {"hidden_states": hidden})[0]
-        return hidden
+            values = step(stage, values)
+        return values["hidden_states"]
 
-    inputs = [first_stage_input(base, sample.pixel_values.to(device)) for sample in samples]
+    def step(stage: Stage, values: Tensors) -> Tensors:
+        outputs = stage.run(base, values)
+        return outputs if stage.following is None else stage.following(base, values, outputs)
+
+    inputs = [encoder.enter(base, {}, sample) for sample in samples]
     targets = [_logits(base, embed(hidden, 0), sample) for hidden, sample in zip(inputs, samples)]
-    for number, (stage, parts) in enumerate(stages.items()):
+    for number, parts in enumerate(stages.values()):
         for part in parts:
             error, ious = RelativeError(), []
             with swapped(base, rounded, part), simulate(weights=True, activations=True):
@@ -124,14 +127,14 @@ def sensitivity(
             results.append(SiteSensitivity(part.site, part.kind, part.bits, error.value, sum(ious) / len(ious)))
             progress(len(results), total)
         if number < len(order):
-            inputs = [run_module(base, stage, {"hidden_states": hidden})[0] for hidden in inputs]
+            inputs = [step(order[number], values) for values in inputs]
     return tuple(results)
 
 
-def _logits(model: SamModel, embedding: Tensor, sample: Sample) -> Tensor:
+def _logits(model: nn.Module, embedding: Tensor, sample: Sample) -> Tensor:
     """Low-resolution mask logits (P, h, w) over the image, without its padding."""
     batches = sample.input_boxes.split(PROMPTS_PER_BATCH)
     low_res = torch.cat([predict_logits(model, embedding, boxes=boxes)[0][:, 0] for boxes in batches])
-    side = model.config.vision_config.image_size
+    side = family_of(model).image_size(model)
     height, width = (max(1, round(size / side * low_res.shape[-1])) for size in sample.geometry.input_size)
     return low_res[:, :height, :width]

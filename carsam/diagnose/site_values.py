@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import SamModel
 
 from carsam.diagnose.pair import Pair
 from carsam.diagnose.results import Histogram, SiteValues, WeightResult
@@ -57,9 +56,9 @@ class ValueRecorder:
         sites: Its sites.
     """
 
-    def __init__(self, packed: SamModel, sites: Sites):
+    def __init__(self, packed: nn.Module, sites: Sites):
         self._quantizers: dict[str, nn.Module] = {}
-        for site in sites.linears:
+        for site in sites.layers:
             layer = packed.get_submodule(site.name)
             if hasattr(layer, "input_quantizer"):
                 self._quantizers[site.input] = layer.input_quantizer
@@ -144,7 +143,7 @@ def weight_results(pair: Pair) -> tuple[WeightResult, ...]:
     """
     results = []
     transformed = type(pair.method).transform is not Method.transform
-    for site in pair.sites.linears:
+    for site in pair.sites.layers:
         layer = pair.packed.get_submodule(site.name)
         if isinstance(layer, PackedLayer):
             weight = layer.dequantized_weight()

@@ -7,13 +7,9 @@ from typing import Any, ClassVar
 
 from carsam.errors import ConfigError
 from carsam.methods.qdrop import QDrop
-from carsam.models.sites import Sites
+from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION, Sites
 from carsam.quantizers import GroupedQuantizer, HybridQuantizer, SiteQuantizer
 from carsam.reconstruct.units import Unit
-
-# Inputs of attentions' projections and of MLPs' first layers; inputs of MLPs' second layers.
-GROUPED = (".qkv.input", ".q_proj.input", ".k_proj.input", ".v_proj.input", ".mlp.lin1.input")
-HYBRID = (".mlp.lin2.input",)
 
 
 @dataclass(frozen=True)
@@ -42,12 +38,12 @@ class AhcPtq(QDrop):
         parts.append("projections per group of input channels" if self.groups > 1 else "")
         return "; ".join(part for part in parts if part)
 
-    def quantizer_for(self, site: str, bits: int) -> SiteQuantizer:
-        if self.hybrid and site.endswith(HYBRID):
+    def quantizer_for(self, site: str, bits: int, role: str) -> SiteQuantizer:
+        if self.hybrid and role == MLP_OUT:
             return HybridQuantizer(bits)
-        if self.groups > 1 and site.endswith(GROUPED):
+        if self.groups > 1 and role in (PROJECTION, MLP_IN):
             return GroupedQuantizer(bits, groups=self.groups)
-        return super().quantizer_for(site, bits)
+        return super().quantizer_for(site, bits, role)
 
     def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
         return {**super().unit_settings(unit, sites), "hybrid": self.hybrid, "groups": self.groups}

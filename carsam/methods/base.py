@@ -46,6 +46,8 @@ class Method:
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    # Of the decoder's units; a method that lets the user choose has a setting of this name.
+    granularity: ClassVar[str] = "module"
 
     weight_observer: str = "mse"
     activation_observer: str = "mse"
@@ -68,8 +70,14 @@ class Method:
         note = softmax_grids()[self.softmax].note
         return f"P in {note}" if note else ""
 
-    def quantizer_for(self, site: str, bits: int) -> SiteQuantizer:
-        """Quantizer of an activation site (a layer's input, or query, key, value of an attention)."""
+    def quantizer_for(self, site: str, bits: int, role: str) -> SiteQuantizer:
+        """Quantizer of an activation site.
+
+        Args:
+            site: Its name: a layer's input, or query, key or value of an attention.
+            bits: Bits of a code.
+            role: The layer's (:class:`carsam.models.sites.LayerSite`), or ``query``, ``key``, ``value``.
+        """
         return ActivationQuantizer(bits)
 
     def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:

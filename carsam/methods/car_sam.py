@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from carsam.compensate.mac import MacReport, MacSettings, compensate_attention
-from carsam.errors import ConfigError
+from carsam.compensate.mac import Coupled, MacReport, MacSettings, compensate_attention
 from carsam.methods.qdrop import QDrop
 from carsam.models.sites import Sites
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
-from carsam.reconstruct.units import GRANULARITIES, Unit, decoder_units, encoder_units, run_unit
+from carsam.reconstruct.units import Unit, check_granularity, decoder_units, encoder_units, run_unit
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class CarSam(QDrop):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.granularity not in GRANULARITIES:
-            raise ConfigError(f"unknown granularity {self.granularity!r}; choose from {', '.join(GRANULARITIES)}.")
+        check_granularity(self.granularity)
 
     def units(self, sites: Sites) -> list[Unit]:
         return encoder_units(sites) + decoder_units(sites, self.granularity)
@@ -58,21 +56,16 @@ class CarSam(QDrop):
             lambda index=index: run_unit(model, unit, data.quantized.get(index, device))
             for index in range(len(data.quantized))
         ]
-        attentions = [
-            site.name
-            for site in sites.attentions
-            if any(site.name == path or site.name.startswith(path + ".") for path in unit.scope)
-        ]
+        attentions = [site for site in sites.attentions if site.coupled and unit.holds(site.name)]
         return [
             compensate_attention(
-                model.get_submodule(name),
-                name,
+                Coupled.of(model, site),
                 runs,
                 self.mac,
                 weight_observer=self.weight_observer,
                 activation_observer=self.activation_observer,
             )
-            for name in attentions
+            for site in attentions
         ]
 
     def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class QDrop(Method):
     reconstruction: ReconstructionSettings = field(default_factory=ReconstructionSettings)
 
     def units(self, sites: Sites) -> list[Unit]:
-        return encoder_units(sites) + decoder_units(sites, "module")
+        return encoder_units(sites) + decoder_units(sites, self.granularity)
 
     def reconstruction_for(self, unit: Unit) -> ReconstructionSettings | None:
         return self.reconstruction

@@ -76,21 +76,6 @@ class Part:
     stages: tuple[Stage, ...]
 
 
-@dataclass(frozen=True)
-class Encoders:
-    """The three modules of a model that take images, prompts, and both to masks.
-
-    Attributes:
-        image, prompt, mask: The modules.
-        positions: The module that encodes coordinates.
-    """
-
-    image: nn.Module
-    prompt: nn.Module
-    mask: nn.Module
-    positions: nn.Module
-
-
 class Family(ABC):
     """One kind of model.
 
@@ -143,13 +128,22 @@ class Family(ABC):
         attach_matmul_quantizers(attention, matmul)
         return attention
 
-    def valid_queries(self, stage: nn.Module, outputs: Tensors) -> Tensor | None:
-        """Which queries of a stage's attention are of the image and not padding, (windows, queries); None for all."""
+    def valid_queries(self, stage: nn.Module, inputs: Tensors) -> Tensor | None:
+        """Which queries of a stage's attention are of the image and not padding, (windows, queries); None for all.
+
+        Args:
+            stage: The stage's module.
+            inputs: What it is called with.
+        """
         return None
 
     # Where models come from.
 
+    @property
     @abstractmethod
+    def published_anchor(self) -> str:
+        """A tensor by which a checkpoint as published is known, by its names there."""
+
     def find_state(self, content: object, source: str) -> Mapping[str, Tensor] | None:
         """The tensors of a published checkpoint of this family in a file's content; None where there are none.
 
@@ -157,6 +151,9 @@ class Family(ABC):
             content: What the file holds.
             source: What messages call it.
         """
+        from carsam.models.files.state import find_state
+
+        return find_state(content, self.published_anchor, source)
 
     @abstractmethod
     def from_state(self, state: Mapping[str, Tensor], source: str, image_size: int | None = None) -> PreTrainedModel:
@@ -192,8 +189,8 @@ class Family(ABC):
     def anchor(self) -> str:
         """A tensor, by the names of ``model_class``, that every model of the family has and no quantization changes."""
 
-    def foreign(self, names: list[str]) -> str | None:
-        """What a checkpoint with these names is, if the family knows it for something that carsam does not read."""
+    def foreign(self, content: object) -> str | None:
+        """What a file's content is, if the family knows it for something that carsam does not read."""
         return None
 
     # How it is used.
@@ -219,8 +216,8 @@ class Family(ABC):
         """One pass of the whole model over a calibration image with all its prompts; for observers."""
 
     @abstractmethod
-    def encoders(self, model: nn.Module) -> Encoders:
-        """The modules behind a drop-in for segment-anything."""
+    def as_segment_anything(self, model: nn.Module) -> nn.Module:
+        """The model with the interface of ``segment_anything.modeling.Sam``; ``sam_model`` is the model itself."""
 
     # How it is told apart.
 

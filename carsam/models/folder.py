@@ -1,4 +1,4 @@
-"""A float SAM from a folder: ``config.json`` with weights by transformers' names, or weights in Meta's form."""
+"""A float model from a folder: ``config.json`` with weights by transformers' names, or weights as published."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import SamConfig, SamModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from carsam.data.images.normalisation import PREPROCESSOR, read_normalisation, set_normalisation
+from carsam.data.images.normalisation import BUFFERS, PREPROCESSOR, read_normalisation, set_normalisation
 from carsam.errors import CheckpointError
-from carsam.models.sam.declared import check_declared
+from carsam.models.family import Family, families, family_of_type
+from carsam.models.files.state import some
 from carsam.models.files.torch import DamagedFileError
 from carsam.models.files.weights import read_tensors, tensor_shapes, training_leftover, weight_files
-from carsam.models.sam.meta import ANCHOR, BUFFERS, find_meta_state, sam_from_meta, some
-from carsam.models.sam.random import BAD_CONFIG, skeleton
+from carsam.models.skeleton import BAD_CONFIG, skeleton
 
 HUB_EXAMPLE = "facebook/sam-vit-base"
 CONFIG = "config.json"
-# The tensor by which weights with transformers' names are known.
-OUR_ANCHOR = "vision_encoder.patch_embed.projection.weight"
 _LARGEST_CONFIG = 2**20
 
 
-def load_folder(folder: Path, source: str) -> SamModel:
+def load_folder(folder: Path, source: str, image_size: int | None = None) -> PreTrainedModel:
     """The model in a folder, with the normalisation that the folder says.
 
     Args:
         folder: On disk; of a Hub id, the one in the cache.
         source: What errors call it: the path or the id.
+        image_size: Side of the input in pixels where the user asks for one.
 
     Raises:
         CheckpointError: It holds no model, or a damaged, incomplete or foreign one.
@@ -48,9 +47,11 @@ def load_folder(folder: Path, source: str) -> SamModel:
         shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items()}
     except DamagedFileError as error:
         raise CheckpointError(f"the weights in {source} are damaged or cut short: {error}") from error
-    if any(name.endswith(ANCHOR) for name in shapes):
-        state = find_meta_state(_all_tensors(files), source)
-        model = sam_from_meta(state, source)
+    published = next((f for f in families().values() if any(n.endswith(f.published_anchor) for n in shapes)), None)
+    own = False
+    if published is not None:
+        state = published.find_state(_all_tensors(files), source)
+        model = published.from_state(state, source, image_size)
         own = any(name in state for name in BUFFERS)
     elif config is None:
         raise CheckpointError(_without_config(folder, source, bool(files)))
@@ -60,13 +61,28 @@ def load_folder(folder: Path, source: str) -> SamModel:
                 f"the weights in {source} cannot be read: there are none. A folder needs config.json and "
                 "model.safetensors."
             )
-        model, own = _load_transformers(folder, source, config, files, shapes), False
+        family = family_of_type(config.get("model_type"))
+        assert family is not None  # _check_kind
+        model = _load_transformers(family, folder, source, config, files, shapes)
+        check_image_size(family, model, source, image_size)
+        published = family
     path = folder / PREPROCESSOR
     if path.is_file():
-        said = read_normalisation(path, int(model.config.vision_config.image_size))
+        said = read_normalisation(path, published.image_size(model))
         if said is not None and not own:
             set_normalisation(model, said)
     return model
+
+
+def check_image_size(family: Family, model: PreTrainedModel, source: str, image_size: int | None) -> None:
+    """Refuses an image size that is not the model's.
+
+    Raises:
+        CheckpointError: It is another.
+    """
+    own = family.image_size(model)
+    if image_size is not None and image_size != own:
+        raise CheckpointError(f"{source} takes images of {own} pixels, not {image_size}; leave out the image size.")
 
 
 def read_config(folder: Path, source: str) -> dict[str, Any] | None:
@@ -98,29 +114,35 @@ def _check_kind(config: dict[str, Any], source: str) -> None:
     if quantization:
         raise CheckpointError(f"{source} is already quantized ({method}); carsam starts from floating-point weights.")
     kind = config.get("model_type")
-    if kind != "sam":
+    if family_of_type(kind) is None:
         note = " SAM 2 is not supported yet." if str(kind).startswith("sam2") else ""
         if kind == "sam_hq":
             note = " SAM-HQ is not supported."
+        known = " or ".join(f'"{name}"' for family in families().values() for name in family.model_types)
         raise CheckpointError(
-            f'{source} is a model of type {kind!r}, not "sam".{note} Use a SAM such as {HUB_EXAMPLE}.'
+            f"{source} is a model of type {kind!r}, not {known}.{note} Use a SAM such as {HUB_EXAMPLE}."
         )
 
 
 def _load_transformers(
-    folder: Path, source: str, config: dict[str, Any], files: list[Path], shapes: dict[str, tuple[int, ...]]
-) -> SamModel:
-    found = next((name for name in shapes if name.endswith(OUR_ANCHOR)), OUR_ANCHOR)
-    prefix = found[: -len(OUR_ANCHOR)]
+    family: Family,
+    folder: Path,
+    source: str,
+    config: dict[str, Any],
+    files: list[Path],
+    shapes: dict[str, tuple[int, ...]],
+) -> PreTrainedModel:
+    found = next((name for name in shapes if name.endswith(family.anchor)), family.anchor)
+    prefix = found[: -len(family.anchor)]
     bare = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-    check_declared(config, bare, source)
+    family.check_declared(config, bare, source)
     if prefix:
         tensors = {name: value for name, value in _all_tensors(files).items() if name.startswith(prefix)}
-        return _assemble(config, {name.removeprefix(prefix): value for name, value in tensors.items()}, source)
+        return _assemble(family, config, {name.removeprefix(prefix): value for name, value in tensors.items()}, source)
     try:
         with quiet_transformers(bars=False):
             # Sizes that differ are collected here and reported below with the rest, instead of as a traceback.
-            model, info = SamModel.from_pretrained(
+            model, info = family.model_class.from_pretrained(
                 str(folder),
                 dtype=torch.float32,
                 attn_implementation="eager",
@@ -141,9 +163,9 @@ def _load_transformers(
     return model
 
 
-def _assemble(config: dict[str, Any], state: dict[str, Tensor], source: str) -> SamModel:
+def _assemble(family: Family, config: dict[str, Any], state: dict[str, Tensor], source: str) -> PreTrainedModel:
     """The model from tensors whose names had a prefix, which transformers would not find."""
-    model = skeleton(SamConfig.from_dict(config))
+    model = skeleton(family.model_class, family.model_class.config_class.from_dict(config))
     expected = model.state_dict()
     tied = set(model._tied_weights_keys or ())
     for one, other in (model._tied_weights_keys or {}).items():

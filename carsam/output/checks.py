@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.bits.plan import BitPlan
 from carsam.config import QuantizeConfig
@@ -22,7 +22,7 @@ from carsam.run.store import code_fingerprint, config_fingerprint, model_fingerp
 from carsam.version import __version__
 
 
-def base_ingredients(model: SamModel, data: CalibrationSet, seed: int, device: torch.device) -> dict[str, Any]:
+def base_ingredients(model: PreTrainedModel, data: CalibrationSet, seed: int, device: torch.device) -> dict[str, Any]:
     """What decides the result beside bits and the method's settings, by name for people; JSON-able."""
     return {
         "the model's weights": model_fingerprint(model),
@@ -37,7 +37,7 @@ def base_ingredients(model: SamModel, data: CalibrationSet, seed: int, device: t
 
 
 def ingredients(
-    model: SamModel, data: CalibrationSet, method: Method, config: QuantizeConfig, device: torch.device
+    model: PreTrainedModel, data: CalibrationSet, method: Method, config: QuantizeConfig, device: torch.device
 ) -> dict[str, Any]:
     """Everything that decides the result, by name for people; JSON-able."""
     return {
@@ -63,13 +63,13 @@ def _plain(value: Any) -> Any:
     return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def check_space(output: Output, model: SamModel, sites: Sites, plan: BitPlan, partial: Partial) -> None:
+def check_space(output: Output, model: PreTrainedModel, sites: Sites, plan: BitPlan, partial: Partial) -> None:
     """Refuses a disk that cannot hold what the run will write.
 
     Raises:
         CarsamError: There is less space than the packed folder and the units kept meanwhile need.
     """
-    sizes = {site.name: model.get_submodule(site.name).weight.numel() for site in sites.linears}
+    sizes = {site.name: model.get_submodule(site.name).weight.numel() for site in sites.layers}
     others = sum(value.numel() for value in model.state_dict().values()) - sum(sizes.values())
     packed = sum(size * min(plan.weight_bits(name), 16) // 8 for name, size in sizes.items()) + 2 * others
     kept = sum(path.stat().st_size for path in partial.units())
@@ -82,7 +82,7 @@ def check_space(output: Output, model: SamModel, sites: Sites, plan: BitPlan, pa
         )
 
 
-def check_equal(computed: SamModel, loaded: SamModel, path: Path) -> None:
+def check_equal(computed: PreTrainedModel, loaded: PreTrainedModel, path: Path) -> None:
     """Compares what was computed with what was loaded back from the written folder.
 
     Raises:

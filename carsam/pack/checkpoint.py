@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 import carsam.pack.transformers  # noqa: F401 - registers packed folders with transformers
 from carsam.data.images.normalisation import named_normalisation, normalisation_of, set_normalisation
 from carsam.device import resolve_device
 from carsam.errors import CarsamError, CheckpointError
+from carsam.models.family import Family, family_of_type
 from carsam.models.load import is_hub_id, load_model, quiet_transformers
-from carsam.models.sam.declared import check_declared
-from carsam.models.sam.random import BAD_CONFIG
+from carsam.models.skeleton import BAD_CONFIG
 from carsam.output.target import replaced_folder
 from carsam.pack.calibration_places import remember
 from carsam.pack.folder import CHECKSUMS, CONFIG, RECIPE, WEIGHTS, is_packed, read_config, read_header, verify
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-def save_packed(model: SamModel, folder: Path, recipe: dict[str, Any], *, overwrite: bool = False) -> None:
+def save_packed(model: PreTrainedModel, folder: Path, recipe: dict[str, Any], *, overwrite: bool = False) -> None:
     """Writes a packed model.
 
     Args:
@@ -55,13 +55,13 @@ def save_packed(model: SamModel, folder: Path, recipe: dict[str, Any], *, overwr
         write_folder(model, temporary, recipe)
 
 
-def write_folder(model: SamModel, folder: Path, recipe: dict[str, Any]) -> None:
+def write_folder(model: PreTrainedModel, folder: Path, recipe: dict[str, Any]) -> None:
     """Writes a packed model's files into an empty folder; see :func:`save_packed`."""
     write_packed(model, folder, Facts(recipe))
     remember(recipe)
 
 
-def load(source: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None) -> SamModel:
+def load(source: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None) -> PreTrainedModel:
     """Loads a packed model.
 
     Args:
@@ -71,7 +71,7 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", revision: st
         revision: Branch, tag or commit of a Hub id.
 
     Returns:
-        A ``SamModel`` in eval mode, computing in float32 on the integers of the file.
+        A model in eval mode, computing in float32 on the integers of the file.
 
     Raises:
         CheckpointError: The folder is incomplete, altered, or not a packed model; the Hub does not have it.
@@ -81,10 +81,10 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", revision: st
     folder = packed_folder(source, revision)
     if folder is None:
         folder = _not_packed(source)
-    check_folder(folder)
+    family = check_folder(folder)
     try:
         with quiet_transformers(bars=False):
-            model, info = SamModel.from_pretrained(
+            model, info = family.model_class.from_pretrained(
                 str(folder),
                 dtype=torch.float32,
                 attn_implementation="eager",
@@ -103,7 +103,9 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", revision: st
     return model.to(device).eval().requires_grad_(False)
 
 
-def open_model(source: str | Path, *, device: str | torch.device = "cpu", normalise: str | None = None) -> SamModel:
+def open_model(
+    source: str | Path, *, device: str | torch.device = "cpu", normalise: str | None = None
+) -> PreTrainedModel:
     """A packed or a float model, whichever ``source`` is.
 
     Args:
@@ -123,10 +125,13 @@ def open_model(source: str | Path, *, device: str | torch.device = "cpu", normal
     return model
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> Family:
     """Checks all of a packed folder but the checksum of its weights, before anything is built.
 
     Takes milliseconds whatever the files say. The weights are read once, when they are loaded.
+
+    Returns:
+        The family of the model.
 
     Raises:
         CheckpointError: A file is missing, altered or unreadable; ``config.json`` does not fit the weights.
@@ -135,8 +140,15 @@ def check_folder(folder: Path) -> None:
     config = read_config(folder)
     CarsamQuantizationConfig.from_dict(config["quantization_config"])
     shapes = {name: shape for name, (_, shape) in read_header(folder / WEIGHTS).items()}
+    family = family_of_type(config.get("model_type"))
+    if family is None:
+        raise CheckpointError(
+            f"{folder} holds a packed model of type {str(config.get('model_type'))[:60]!r}, which this carsam does not "
+            f"know; install the carsam that wrote it, or the package that adds this type."
+        )
     # A byte holds four codes of 2 bits.
-    check_declared(without_packing(config), shapes, str(folder), weights_per_element=4)
+    family.check_declared(without_packing(config), shapes, str(folder), weights_per_element=4)
+    return family
 
 
 def without_packing(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.bits.plan import SUPPORTED_BITS
 from carsam.errors import CheckpointError
 from carsam.models.attention import MatMulQuantizers
+from carsam.models.family import find_sites
 from carsam.models.prepare import attach_attention
-from carsam.models.sites import OPERANDS, Sites, find_sites, replace_module
+from carsam.models.sites import OPERANDS, Sites, replace_module
 from carsam.pack.layers import PackedLayer
 from carsam.quantizers import QuantizedLayer, SiteQuantizer, activation_grids, softmax_grids
 from carsam.quantizers.grid import Grid
@@ -25,7 +26,7 @@ from carsam.quantizers.grid import Grid
 MOST_SITES = 20_000
 
 
-def describe(model: SamModel, sites: Sites) -> dict[str, Any]:
+def describe(model: PreTrainedModel, sites: Sites) -> dict[str, Any]:
     """The layout of a model whose layers are quantized or packed.
 
     Returns:
@@ -33,7 +34,7 @@ def describe(model: SamModel, sites: Sites) -> dict[str, Any]:
         ``{"grid": name, "bits": bits}``, with what else builds its quantizer again.
     """
     layers = {}
-    for site in sites.linears:
+    for site in sites.layers:
         layer = model.get_submodule(site.name)
         if isinstance(layer, (QuantizedLayer, PackedLayer)):
             layers[site.name] = {"weight": layer.weight_bits, "input": layer.input_quantizer.spec()}
@@ -105,16 +106,16 @@ def _build(spec: dict[str, Any], grids: Mapping[str, type[Grid]]) -> nn.Module:
         raise CheckpointError(f"config.json describes the grid {spec} wrongly: {error}; get it again.") from None
 
 
-def build_packed(model: SamModel, layout: dict[str, Any]) -> None:
+def build_packed(model: PreTrainedModel, layout: dict[str, Any]) -> None:
     """Turns a float model, in place, into the (empty) packed form that a layout describes (see :func:`check_layout`).
 
     Raises:
         CheckpointError: The layout does not fit the model.
     """
     sites = find_sites(model)
-    linears = {site.name for site in sites.linears}
+    layers = {site.name for site in sites.layers}
     attentions = {site.name: site for site in sites.attentions}
-    unknown = (set(layout["layers"]) - linears) | (set(layout["attentions"]) ^ set(attentions))
+    unknown = (set(layout["layers"]) - layers) | (set(layout["attentions"]) ^ set(attentions))
     if unknown:
         raise CheckpointError(
             f"the packed folder's config.json does not fit its model: unexpected or missing "
@@ -132,16 +133,16 @@ def build_packed(model: SamModel, layout: dict[str, Any]) -> None:
     for name, specs in layout["attentions"].items():
         operands = [_build(specs[which], of_activations) for which in OPERANDS[:3]]
         probs = _build(specs["probs"], of_softmax)
-        attach_attention(model, attentions[name], MatMulQuantizers(*operands, probs))
+        attach_attention(model, attentions[name], sites, MatMulQuantizers(*operands, probs))
 
 
-def pack(model: SamModel, sites: Sites) -> SamModel:
+def pack(model: PreTrainedModel, sites: Sites) -> PreTrainedModel:
     """Packs, in place, a model whose weights are integers; from here on it always quantizes.
 
     Raises:
         RuntimeError: A weight is not an integer or a range is missing.
     """
-    for site in sites.linears:
+    for site in sites.layers:
         layer = model.get_submodule(site.name)
         if isinstance(layer, QuantizedLayer) and layer.weight_bits < 16:
             replace_module(model, site.name, PackedLayer.from_quantized(layer))

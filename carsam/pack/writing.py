@@ -15,11 +15,11 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.data.images.transforms import preprocessor_config
 from carsam.errors import CarsamError, CheckpointError
-from carsam.models.sites import find_sites
+from carsam.models.family import find_sites
 from carsam.output.files import current_umask, write_json
 from carsam.pack.folder import (
     CARD,
@@ -87,7 +87,7 @@ def read_facts(folder: Path) -> Facts:
     return Facts(recipe, read_mapping(folder / PREPROCESSOR), results, card)
 
 
-def packed_state(model: SamModel) -> dict[str, torch.Tensor]:
+def packed_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tensors of the file: bytes and zero points as they are, grids in FP32, the rest in FP16.
 
     Scales stay in FP32: in FP16 those of small weights would be subnormal, and they are a thousandth of the file.
@@ -108,7 +108,7 @@ def packed_state(model: SamModel) -> dict[str, torch.Tensor]:
     return state
 
 
-def _exact(model: SamModel) -> set[str]:
+def _exact(model: PreTrainedModel) -> set[str]:
     """Names of the tensors that stay as they are: the buffers of grids, and the scales of weights."""
     names = set()
     for path, module in model.named_modules():
@@ -119,7 +119,7 @@ def _exact(model: SamModel) -> set[str]:
     return names
 
 
-def write_packed(model: SamModel, folder: Path, facts: Facts) -> None:
+def write_packed(model: PreTrainedModel, folder: Path, facts: Facts) -> None:
     """Writes all files of a packed model into an empty folder.
 
     Args:
@@ -135,7 +135,7 @@ def write_packed(model: SamModel, folder: Path, facts: Facts) -> None:
     # safetensors gives its files the mode 0600; others of the umask's group could read all files but this.
     (folder / WEIGHTS).chmod(0o666 & ~current_umask())
     config = json.loads(model.config.to_json_string(use_diff=True))
-    config["architectures"] = ["SamModel"]
+    config["architectures"] = [type(model).__name__]
     config["dtype"] = "float32"
     config["attn_implementation"] = NOTICE
     config["quantization_config"] = _quantization_config(model, recipe).to_dict()
@@ -151,7 +151,7 @@ def write_packed(model: SamModel, folder: Path, facts: Facts) -> None:
     _write_text(folder / CARD, card)
 
 
-def _quantization_config(model: SamModel, recipe: dict[str, Any]) -> CarsamQuantizationConfig:
+def _quantization_config(model: PreTrainedModel, recipe: dict[str, Any]) -> CarsamQuantizationConfig:
     return CarsamQuantizationConfig(
         describe(model, find_sites(model)),
         bits=str(recipe.get("bits", "")),
@@ -169,7 +169,7 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def attach(model: SamModel, facts: Facts) -> SamModel:
+def attach(model: PreTrainedModel, facts: Facts) -> PreTrainedModel:
     """Lets a packed model's ``save_pretrained`` and ``push_to_hub`` write the packed form, and gives it its config.
 
     The methods are set on the model, which stays the class that transformers gave: a subclass would not be known to
@@ -184,7 +184,7 @@ def attach(model: SamModel, facts: Facts) -> SamModel:
 
 
 def save_pretrained(
-    model: SamModel,
+    model: PreTrainedModel,
     save_directory: str | Path,
     is_main_process: bool = True,
     *,
@@ -222,7 +222,7 @@ def save_pretrained(
         upload(folder, repo_id or folder.resolve().name, **{k: v for k, v in options.items() if k in known})
 
 
-def _write_into(model: SamModel, folder: Path) -> None:
+def _write_into(model: PreTrainedModel, folder: Path) -> None:
     """Writes a packed model into a folder that may hold files already; those of its names are replaced.
 
     The new files are written beside the old ones first. Checksums come last: half of the files are no packed model.
@@ -247,7 +247,7 @@ def _write_into(model: SamModel, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def push_to_hub(model: SamModel, repo_id: str, **options: Any) -> CommitInfo:
+def push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> CommitInfo:
     """``model.push_to_hub("owner/name")`` of a packed model: uploads the packed form with its model card.
 
     Args:

@@ -14,13 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import SamModel
+from torch import Tensor, nn
 
 from carsam.data.coco.rle import counts_area, counts_to_mask, counts_to_rle, mask_to_counts
 from carsam.data.images.transforms import Geometry
 from carsam.predict.predictor import CHUNK_PIXELS, SamPredictor, predict_logits, require_image
-from carsam.predict.segment_anything import SegmentAnything
 from carsam.prompts.proposals import mask_boxes, non_maximum_suppression, point_grid, stability_score
 
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
@@ -46,7 +44,7 @@ class SamAutomaticMaskGenerator:
     """Finds masks of everything in an image.
 
     Args:
-        model: A ``SamModel``, float or packed, or the folder, file or Hub id of one.
+        model: A model, float or packed, or the folder, file or Hub id of one.
         points_per_side: Points along each side of the grid; None where ``point_grids`` gives them.
         points_per_batch: Points decoded at a time: more are faster and need more memory.
         pred_iou_thresh: The model's own judgement of a mask, 0..1, below which it goes.
@@ -67,7 +65,7 @@ class SamAutomaticMaskGenerator:
 
     def __init__(
         self,
-        model: SamModel | SegmentAnything | str | Path,
+        model: nn.Module | str | Path,
         points_per_side: int | None = 32,
         points_per_batch: int = 64,
         pred_iou_thresh: float = 0.88,

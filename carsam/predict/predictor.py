@@ -1,4 +1,4 @@
-"""segment-anything's ``SamPredictor`` over a transformers ``SamModel``, float or quantized."""
+"""segment-anything's ``SamPredictor`` over a transformers model, float or quantized."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import SamModel
 
 from carsam.data.images.transforms import Geometry, Preprocessor, resize_image, resized_size
-from carsam.models.sam.forward import encode_image, predict_logits
-from carsam.predict.segment_anything import SegmentAnything, as_sam_model
+from carsam.models.forward import encode_image, predict_logits
+from carsam.predict.segment_anything import as_sam_model
 
 __all__ = ["ResizeLongestSide", "SamPredictor", "encode_image", "predict_logits", "threshold_masks"]
 
@@ -72,7 +71,7 @@ class SamPredictor:
     The interface is that of ``segment_anything.SamPredictor``, so code written for it runs unchanged.
 
     Args:
-        sam_model: A transformers ``SamModel``, float or packed, or the folder, file or Hub id of one.
+        sam_model: A transformers model, float or packed, or the folder, file or Hub id of one.
 
     Raises:
         ValueError: The model is something else.
@@ -88,7 +87,7 @@ class SamPredictor:
 
     image_format = "RGB"
 
-    def __init__(self, sam_model: SamModel | SegmentAnything | str | Path) -> None:
+    def __init__(self, sam_model: nn.Module | str | Path) -> None:
         self.model = as_sam_model(sam_model)
         self.preprocessor = Preprocessor.for_model(self.model)
         self.transform = ResizeLongestSide(self.preprocessor.image_size)

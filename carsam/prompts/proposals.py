@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import SamModel
+from transformers import PreTrainedModel
 
-from carsam.models.sam.forward import encode_image, predict_logits
+from carsam.models.forward import encode_image, predict_logits
 
 POINTS_PER_SIDE = 8
 # With 16 points and three masks each, the decoder of a SAM with a 1024 px input needs about 1 GB.
@@ -43,7 +43,7 @@ def grid_boxes(input_size: tuple[int, int], count: int) -> Tensor:
 
 
 @torch.no_grad()
-def propose_boxes(model: SamModel, pixel_values: Tensor, input_size: tuple[int, int], count: int) -> Tensor:
+def propose_boxes(model: PreTrainedModel, pixel_values: Tensor, input_size: tuple[int, int], count: int) -> Tensor:
     """Tight boxes of the masks that the model itself is most certain of, as SAM's automatic mask generator finds them.
 
     Args:

@@ -37,8 +37,8 @@ from carsam.pipeline import quantize
 from carsam.prompts.calibration import CalibrationSet, calibration_set
 from carsam.reading import read_json
 from carsam.run.comparison_table import FLOAT, METRICS, ComparisonResult, Measurement, Published
+from carsam.run.context import Progress
 from carsam.run.store import code_fingerprint, config_fingerprint, fingerprint, model_fingerprint, versions
-from carsam.run.walk import Progress
 from carsam.settings import build
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from carsam.calibrate.cache import ActivationCache, cached, variances
@@ -30,7 +29,6 @@ from carsam.reconstruct.units import Unit, check_cover, run_unit
 from carsam.run.context import RunContext
 from carsam.run.progress import KEPT, PlannedUnit, StageProgress
 from carsam.run.store import fingerprint
-
 
 Following = Callable[[nn.Module, Tensors, Tensors], Tensors]
 

@@ -71,14 +71,15 @@ def integrate_bimodal_keys(model: nn.Module, sites: Sites, data: CalibrationSet)
     """BIG at every decoder attention, judged over the whole calibration set and not over one sample.
 
     Args:
-        model: Float SAM; changed in place.
+        model: Float model; changed in place.
         sites: Its sites.
         data: Calibration images with boxes.
 
     Returns:
         Per decoder attention: its name, the modes of its keys before and after, and the number of flipped channels.
     """
-    names = [site.name for site in sites.attentions if not site.fused]
+    coupled = {site.name: site for site in sites.attentions if site.coupled}
+    names = list(coupled)
     samples: dict[str, list[Tensor]] = {name: [] for name in names}
     sums = dict.fromkeys(names, 0)
     counts = dict.fromkeys(names, 0)
@@ -90,25 +91,24 @@ def integrate_bimodal_keys(model: nn.Module, sites: Sites, data: CalibrationSet)
         samples[name].append(strided(rows, SAMPLE_SIZE // max(1, len(data.images)) + 1).cpu())
 
     handles = [
-        model.get_submodule(name).k_proj.register_forward_hook(lambda _m, _a, out, name=name: see(name, out))
-        for name in names
+        model.get_submodule(site.key.layer).register_forward_hook(lambda _m, _a, out, name=name: see(name, out))
+        for name, site in coupled.items()
     ]
-    device = next(model.parameters()).device
     try:
         for image in data.images:
-            model(**image.inputs(device))
+            sites.family.forward(model, image)
     finally:
         for handle in handles:
             handle.remove()
 
     reports = []
     for name in names:
-        attention = model.get_submodule(name)
+        query, key = (model.get_submodule(part.layer) for part in (coupled[name].query, coupled[name].key))
         keys = torch.cat(samples[name])
         report = {"transform": "BIG", "attention": name, "modes": count_modes(keys), "flipped_channels": 0}
         if report["modes"] == 2:
-            signs = channel_signs(sums[name] / counts[name]).to(attention.k_proj.weight)
-            flip_channels(attention.q_proj, attention.k_proj, signs)
+            signs = channel_signs(sums[name] / counts[name]).to(key.weight)
+            flip_channels(query, key, signs)
             report["flipped_channels"] = int((signs < 0).sum())
         reports.append(report)
     return reports

@@ -6,19 +6,21 @@ queries and values, outlier channels after the encoder's norms.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
-from transformers import SamModel
 
 from carsam.errors import ConfigError
-from carsam.models.sites import find_sites
+from carsam.models.family import find_sites
+from carsam.models.sites import Projection
 
 # One channel in so many of a query head's is an outlier.
 OUTLIER_EVERY = 16
 
 
 @torch.no_grad()
-def stress(model: SamModel, strength: float, seed: int = 0) -> SamModel:
+def stress(model: nn.Module, strength: float, seed: int = 0) -> nn.Module:
     """Changes a float model in place to its twin; its outputs stay what they were, up to rounding.
 
     - Keys: biases ± 8t per channel in the decoder, ± 4t in the encoder. Softmax ignores what is added to all keys.
@@ -29,7 +31,7 @@ def stress(model: SamModel, strength: float, seed: int = 0) -> SamModel:
       leaves the zeros that pad windows as they are.
 
     Args:
-        model: A float SAM.
+        model: A float model.
         strength: t ≥ 0; 0 changes nothing.
         seed: Of signs and factors.
 
@@ -55,43 +57,55 @@ def stress(model: SamModel, strength: float, seed: int = 0) -> SamModel:
         scale[chosen] = factors(len(chosen), 1 + 4 * strength)
         return scale
 
-    for site in find_sites(model).attentions:
+    sites = find_sites(model)
+    for site in sites.attentions:
         attention = model.get_submodule(site.name)
-        if site.fused:
-            qkv, heads = attention.qkv, attention.num_attention_heads
-            width = qkv.out_features // 3
-            query, key, value = (slice(i * width, (i + 1) * width) for i in range(3))
-            # Relative positions are shared by the heads, so the outlier channels are the same in each.
-            scale = outliers(width // heads)
-            if attention.use_rel_pos:
-                attention.rel_pos_h.div_(scale)
-                attention.rel_pos_w.div_(scale)
-            scale = scale.repeat(heads)
-            qkv.bias[key] += 4 * strength * signs(width)
-            _scale_rows(qkv, query, scale)
-            _scale_rows(qkv, key, 1 / scale)
-            scale = factors(width, 1 + 3 * strength)
-            _scale_rows(qkv, value, scale)
-            attention.proj.weight.div_(scale)
-        else:
-            width, everything = attention.k_proj.out_features, slice(None)
-            attention.k_proj.bias += 8 * strength * signs(width)
+        query, key, value = (_rows(model, part) for part in (site.query, site.key, site.value))
+        output = model.get_submodule(site.output)
+        width = len(key)
+        if site.coupled:
+            key.shift(8 * strength * signs(width))
             scale = outliers(width)
-            _scale_rows(attention.q_proj, everything, scale)
-            _scale_rows(attention.k_proj, everything, 1 / scale)
-            scale = factors(width, 1 + 3 * strength)
-            _scale_rows(attention.v_proj, everything, scale)
-            attention.out_proj.weight.div_(scale)
+        else:
+            # Relative positions are shared by the heads, so the outlier channels are the same in each.
+            heads = attention.num_attention_heads
+            scale = outliers(width // heads)
+            for name in site.positions:
+                getattr(attention, name).div_(scale)
+            scale = scale.repeat(heads)
+            key.shift(4 * strength * signs(width))
+        query.scale(scale)
+        key.scale(1 / scale)
+        scale = factors(width, 1 + 3 * strength)
+        value.scale(scale)
+        output.weight.div_(scale)
 
-    for layer in model.vision_encoder.layers:
-        for norm, reader in ((layer.layer_norm1, layer.attn.qkv), (layer.layer_norm2, layer.mlp.lin1)):
-            scale = factors(norm.weight.numel(), 1 + 8 * strength)
-            norm.weight.mul_(scale)
-            norm.bias.mul_(scale)
-            reader.weight.div_(scale)
+    for norm, reader in ((model.get_submodule(n), model.get_submodule(r)) for n, r in sites.readers):
+        scale = factors(norm.weight.numel(), 1 + 8 * strength)
+        norm.weight.mul_(scale)
+        norm.bias.mul_(scale)
+        reader.weight.div_(scale)
     return model
 
 
-def _scale_rows(layer: nn.Linear, rows: slice, scale: Tensor) -> None:
-    layer.weight[rows] *= scale[:, None]
-    layer.bias[rows] *= scale
+@dataclass(frozen=True)
+class _Rows:
+    """The output channels of a layer that project one operand."""
+
+    layer: nn.Linear
+    rows: slice
+
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def shift(self, offset: Tensor) -> None:
+        self.layer.bias[self.rows] += offset
+
+    def scale(self, factor: Tensor) -> None:
+        self.layer.weight[self.rows] *= factor[:, None]
+        self.layer.bias[self.rows] *= factor
+
+
+def _rows(model: nn.Module, projection: Projection) -> _Rows:
+    layer = model.get_submodule(projection.layer)
+    return _Rows(layer, projection.rows(layer.out_features))

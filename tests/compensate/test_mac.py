@@ -8,6 +8,7 @@ import torch
 from carsam.bits.plan import BitPlan
 from carsam.calibrate.observers import RangeRecorder
 from carsam.compensate.mac import (
+    Coupled,
     MacSettings,
     add_to_projection,
     compensate_attention,
@@ -17,10 +18,9 @@ from carsam.compensate.mac import (
 )
 from carsam.errors import ConfigError
 from carsam.methods.base import Method
+from carsam.models.family import find_sites
 from carsam.models.prepare import prepare_model
-from carsam.models.sites import find_sites
 from carsam.quantizers import simulate
-from carsam.reconstruct.units import decoder_input, first_block_inputs, run_module
 from carsam.run.walk import fit_weights
 
 
@@ -32,34 +32,32 @@ def problem(nano, small_set):
     prepare_model(model, sites, BitPlan.parse("w4a4"), method.quantizer_for, method.softmax_for)
     model.requires_grad_(False)
     fit_weights(model.mask_decoder, "mse")
-    block = sites.two_way_blocks[0]
     with torch.no_grad():
+        _, decoder = sites.family.parts(sites)
+        block = decoder.stages[0]
         inputs = [
-            first_block_inputs(
-                nano, sites, decoder_input(nano, nano.vision_encoder(image.pixel_values)[0], image.boxes)
-            )
+            decoder.enter(nano, {"hidden_states": nano.vision_encoder(image.pixel_values)[0]}, image)
             for image in small_set.images
         ]
     recorder = RangeRecorder([model.get_submodule(block.name)])
     with recorder.recording(), simulate(weights=True):
         for item in inputs:
-            run_module(model, block.name, item)
+            block.run(model, item)
     recorder.apply("mse")
-    return model, block, inputs
+    return model, next(site for site in sites.attentions if site.name == sites.focus[0]), block, inputs
 
 
 def compensated(problem, **settings):
-    model, block, inputs = problem
+    model, site, block, inputs = problem
     model = copy.deepcopy(model)
-    attention = model.get_submodule(block.token_to_image)
-    runs = [lambda item=item: run_module(model, block.name, item) for item in inputs]
-    return attention, compensate_attention(attention, block.token_to_image, runs, MacSettings(**settings))
+    runs = [lambda item=item: block.run(model, item) for item in inputs]
+    return model.get_submodule(site.name), compensate_attention(Coupled.of(model, site), runs, MacSettings(**settings))
 
 
 @torch.no_grad()
 def test_projections_per_head_are_the_layer(problem):
-    model, block, _ = problem
-    layer = model.get_submodule(block.token_to_image).q_proj
+    model, site, *_ = problem
+    layer = model.get_submodule(site.query.layer)
     x = torch.randn(2, 1, 5, 256)
     per_head = with_ones(x)[:, None] @ projection_matrix(layer, 8)
     torch.testing.assert_close(per_head, split_heads(layer(x), 8), atol=1e-4, rtol=1e-4)
@@ -78,8 +76,8 @@ def test_query_and_key_branches_lower_the_error_of_the_scores(problem, solver):
 
 
 def test_value_branch_lowers_the_error_of_pv_and_touches_v_alone(problem):
-    model, block, _ = problem
-    before = model.get_submodule(block.token_to_image)
+    model, site, *_ = problem
+    before = model.get_submodule(site.name)
     attention, report = compensated(problem, query=False, key=False, value=True, value_damping=0.1)
     assert report.output[1] < report.output[0]
     assert torch.equal(attention.q_proj.weight, before.q_proj.weight)

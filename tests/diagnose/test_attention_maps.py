@@ -7,20 +7,21 @@ import torch
 from torch.nn import functional as F
 
 import carsam.diagnose.attention_maps as attention_maps
-import carsam.models.attention as attention_module
-from carsam.diagnose.attention_maps import DissipationMeter, MapRecorder, query_stride, valid_queries
+import carsam.models.sam.attention as attention_module
+from carsam.diagnose.attention_maps import DissipationMeter, MapRecorder, query_stride
 from carsam.diagnose.measures import focus_overlap, kl_divergence
+from carsam.models.sam.encoder import enter_encoder, valid_queries
 from carsam.predict.predictor import predict_logits
-from carsam.reconstruct.units import first_stage_input, run_module
 
 
 def take(pair, sample, stages=2):
     """Maps of the float model's first encoder stages."""
     recorder = MapRecorder(pair.reference, pair.sites)
     with torch.no_grad(), recorder.recording():
-        hidden = first_stage_input(pair.reference, sample.pixel_values)
-        for stage in pair.sites.encoder_stages[:stages]:
-            hidden = run_module(pair.reference, stage, {"hidden_states": hidden})[0]
+        encoder, _ = pair.sites.family.parts(pair.sites)
+        values = encoder.enter(pair.reference, {}, sample)
+        for stage in encoder.stages[:stages]:
+            values = stage.run(pair.reference, values)
     return recorder, recorder.take()
 
 
@@ -30,7 +31,7 @@ def test_encoder_maps_are_softmax_of_its_scores(pair, samples, nano):
     block = nano.vision_encoder.layers[0]
     attention = block.attn
     with torch.no_grad():
-        hidden = block.layer_norm1(first_stage_input(nano, samples[0].pixel_values))
+        hidden = block.layer_norm1(enter_encoder(nano, {}, samples[0])["hidden_states"])
         windows, _ = block.window_partition(hidden, block.window_size)
         count, side = windows.shape[0], block.window_size
         heads, tokens = attention.num_attention_heads, side * side
@@ -64,11 +65,12 @@ def test_decoder_maps(pair, samples, nano):
         with recorder.recording():
             logits, _ = predict_logits(pair.reference, embedding, boxes=sample.input_boxes)
     maps = recorder.take()
+    block = "mask_decoder.transformer.layers"
     tokens = 1 + 4 + 2  # IoU, masks, corners of the box
-    assert maps[pair.sites.two_way_blocks[0].self_attention].shape == (2, 8, tokens, tokens)
-    assert maps[pair.sites.two_way_blocks[0].token_to_image].shape == (2, 8, tokens, 256)
-    assert maps[pair.sites.two_way_blocks[1].image_to_token].shape == (2, 8, 256, tokens)
-    assert maps[pair.sites.final_attention].shape == (2, 8, tokens, 256)
+    assert maps[f"{block}.0.self_attn"].shape == (2, 8, tokens, tokens)
+    assert maps[f"{block}.0.cross_attn_token_to_image"].shape == (2, 8, tokens, 256)
+    assert maps[f"{block}.1.cross_attn_image_to_token"].shape == (2, 8, 256, tokens)
+    assert maps[pair.sites.focus[-1]].shape == (2, 8, tokens, 256)
     assert recorder.take() == {}
     # The float form computes what the float model does.
     expected, _ = predict_logits(nano, embedding, boxes=sample.input_boxes)
@@ -101,7 +103,7 @@ def test_meter_is_the_mean_over_rows(pair):
     probs = torch.softmax(3 * torch.randn(4, 2, 6, 5, generator=generator), -1)
     quantized = (probs * 3).round() / 3
     valid = torch.rand(4, 6, generator=generator) < 0.6
-    name = pair.sites.final_attention
+    name = pair.sites.focus[-1]
     meter = DissipationMeter(pair.sites)
     for part in (slice(0, 1), slice(1, 4)):
         meter.update(name, probs[part], quantized[part], valid[part])
@@ -117,8 +119,8 @@ def test_meter_is_the_mean_over_rows(pair):
 def test_a_model_against_itself(pair):
     probs = torch.softmax(torch.randn(2, 8, 7, 9), -1)
     meter = DissipationMeter(pair.sites)
-    meter.update(pair.sites.final_attention, probs, probs)
-    mean = meter.results({pair.sites.final_attention: 7})[0].mean
+    meter.update(pair.sites.focus[-1], probs, probs)
+    mean = meter.results({pair.sites.focus[-1]: 7})[0].mean
     assert (mean.entropy_change, mean.kl, mean.focus_overlap, mean.dead_rows) == (0, 0, 1, 0)
     assert mean.row_sum == pytest.approx(1)
 

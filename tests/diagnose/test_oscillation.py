@@ -7,17 +7,16 @@ from carsam.diagnose.measures import total_variation
 from carsam.diagnose.oscillation import (
     StageErrors,
     UnitGroup,
-    coupled_stages,
-    decoder_stages,
+    moment_outputs,
     oscillation,
-    stage_outputs,
     unit_groups,
 )
 from carsam.diagnose.pair import round_to_nearest
 from carsam.diagnose.passes import encode_images
 from carsam.prompts.samples import calibration_data
 from carsam.quantizers import QuantizedLayer, simulate
-from carsam.reconstruct.units import Unit, decoder_units, encoder_units
+from carsam.reconstruct.layerwise import single_layer
+from carsam.reconstruct.units import decoder_units, encoder_units
 
 DECODER = "mask_decoder.transformer"
 
@@ -88,10 +87,9 @@ def test_float_against_itself_is_exact(pair, samples, passes):
 
 
 def test_stage_outputs_are_the_norms(pair, samples, passes):
-    stages = decoder_stages(pair.sites)
-    with stage_outputs(pair.packed, stages) as outputs, torch.no_grad():
+    with moment_outputs(pair.packed, pair.sites) as outputs, torch.no_grad():
         pair.packed(pixel_values=samples[0].pixel_values, input_boxes=samples[0].input_boxes[None])
-    assert list(outputs) == [stage.name for stage in stages]
+    assert [f"{DECODER}.{name}" for name in outputs] == [moment.name for moment in pair.sites.moments]
     assert outputs["layers.0.cross_attn_image_to_token"].shape == (2, 1, 256, 256)
     assert outputs["layers.0.mlp"].shape == (1, 2, 7, 256)
     # No hook is left behind.
@@ -102,10 +100,10 @@ def test_stage_outputs_are_the_norms(pair, samples, passes):
 def test_groups_cover_the_decoder(granularity, count, pair):
     groups = unit_groups(encoder_units(pair.sites) + decoder_units(pair.sites, granularity), pair.sites)
     assert len(groups) == count
-    for site in pair.sites.linears:
+    for site in pair.sites.layers:
         if pair.sites.in_decoder(site.name):
             assert sum(group.holds(site.name) for group in groups) == 1
-    for stage, neighbour in coupled_stages(pair.sites):
+    for stage, neighbour in pair.sites.neighbours:
         assert any(group.holds(stage) for group in groups)
         assert any(group.holds(neighbour) for group in groups)
 
@@ -114,7 +112,7 @@ def test_an_attention_is_never_cut(pair):
     """Units of single layers: those of one attention are put into place together, after the last of them."""
     block = f"{DECODER}.layers.0"
     names = [f"{block}.self_attn.q_proj", f"{block}.self_attn.out_proj", f"{block}.mlp.lin1", f"{block}.mlp.lin2"]
-    groups = unit_groups([Unit(name, (name,), block) for name in names], pair.sites)
+    groups = unit_groups([single_layer(name, block, -1) for name in names], pair.sites)
     assert groups == (
         UnitGroup(f"{block}.self_attn.out_proj", (f"{block}.self_attn",)),
         UnitGroup(f"{block}.mlp.lin1", (f"{block}.mlp.lin1",)),
@@ -125,7 +123,7 @@ def test_an_attention_is_never_cut(pair):
 def test_rounded_model_has_the_packed_models_bits(pair, samples):
     base, rounded = round_to_nearest(pair, calibration_data(samples[:1]))
     assert base is pair.reference  # CAR-SAM changes nothing before rounding
-    for site in pair.sites.linears:
+    for site in pair.sites.layers:
         layer = rounded.get_submodule(site.name)
         assert isinstance(layer, QuantizedLayer)
         assert (layer.weight_bits, layer.input_quantizer.bits) == (4, 4)

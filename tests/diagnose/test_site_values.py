@@ -39,7 +39,7 @@ def test_every_site_in_execution_order(passes, pair):
 
 
 def test_ends_and_clipping_are_exact(passes, pair, samples):
-    name = pair.sites.final_attention
+    name = pair.sites.focus[-1]
     layer = pair.packed.get_submodule(name).k_proj
     values = []
     for sample, embedding in zip(samples, passes.embeddings[1]):
@@ -119,7 +119,7 @@ def test_weight_error():
 
 def test_weights_of_the_packed_model(pair):
     results = weight_results(pair)
-    assert [each.site for each in results] == [site.name for site in pair.sites.linears]
+    assert [each.site for each in results] == [site.name for site in pair.sites.layers]
     for each in results:
         shape = pair.source.get_submodule(each.site).weight.shape
         assert (each.bits, each.parameters) == (4, math.prod(shape))

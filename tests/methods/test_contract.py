@@ -12,8 +12,8 @@ import carsam
 from carsam.config import QuantizeConfig
 from carsam.errors import ConfigError
 from carsam.methods.base import create, registry
+from carsam.models.family import find_sites
 from carsam.models.prepare import prepare_model
-from carsam.models.sites import find_sites
 from carsam.pack.layers import PackedLayer
 from carsam.quantizers import activation_grids, softmax_grids
 from carsam.reconstruct.units import check_cover
@@ -81,14 +81,14 @@ def test_quantizes_packs_and_holds_integers_only(name, nano, packed):
     assert all(torch.equal(value, before[key]) for key, value in nano.state_dict().items()), "the input was changed"
 
     sites = find_sites(model)
-    for site in sites.linears:
+    for site in sites.layers:
         layer = model.get_submodule(site.name)
         assert isinstance(layer, PackedLayer)
         codes = layer.dequantized_weight().flatten(1) / layer.weight_scale[:, None] + layer.weight_zero_point[:, None]
         torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
         assert codes.min() > -0.01 and codes.max() < 15.01
     with safe_open(packed(name) / "model.safetensors", "pt") as file:
-        stored = [file.get_slice(f"{site.name}.weight").get_dtype() for site in sites.linears]
+        stored = [file.get_slice(f"{site.name}.weight").get_dtype() for site in sites.layers]
     assert set(stored) == {"U8"}
 
 

@@ -8,14 +8,15 @@ from carsam.calibrate.cache import CacheSpace, cached, variances
 from carsam.calibrate.observers import RangeRecorder
 from carsam.config import QuantizeConfig
 from carsam.methods.base import create
+from carsam.models.family import find_sites
 from carsam.models.prepare import prepare_model
-from carsam.models.sites import find_sites
+from carsam.prompts.calibration import CalibrationImage
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.quantizers.affine import encode
 from carsam.reconstruct.layerwise import execution_order, optimise_layers
 from carsam.reconstruct.optimize import UnitData, relative_errors
-from carsam.reconstruct.units import encoder_units, first_stage_input, run_unit
-from carsam.run.store import UnitStore
+from carsam.reconstruct.units import encoder_units, run_unit
+from carsam.run.context import RunContext
 from carsam.run.walk import Walk, fit_weights
 
 
@@ -28,11 +29,18 @@ def prepared(nano, method):
     return model, sites
 
 
+def first_inputs(model, image):
+    """Inputs of the first stage for an image."""
+    sites = find_sites(model)
+    encoder, _ = sites.family.parts(sites)
+    return encoder.enter(model, {}, image)
+
+
 def test_layers_come_in_the_order_of_execution(nano, pixel_values):
     model, sites = prepared(nano, create("rtn"))
     unit = encoder_units(sites)[0]
-    hidden = first_stage_input(model, pixel_values)
-    order = execution_order(model, unit, lambda: run_unit(model, unit, {"hidden_states": hidden}))
+    inputs = first_inputs(model, CalibrationImage("", pixel_values, torch.empty(0, 4)))
+    order = execution_order(model, unit, lambda: run_unit(model, unit, inputs))
     assert [name.removeprefix(unit.name + ".") for name in order] == ["attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2"]
     assert not any(module._forward_pre_hooks for module in model.modules()), "hooks must not stay"
 
@@ -41,12 +49,8 @@ def test_adaround_ends_on_the_grid_and_on_a_neighbouring_code(nano, small_set):
     settings = {"reconstruction": {"steps": 60, "decoder_steps": 0}, "weight_observer": "min-max"}
     method = create("adaround", settings)
     model, sites = prepared(nano, method)
-    floats = {site.name: model.get_submodule(site.name).weight.clone() for site in sites.linears}
-    walk = Walk(
-        model, copy.deepcopy(nano), sites, method, small_set,
-        seed=0, device=torch.device("cpu"), base_key="", store=UnitStore(None), space=CacheSpace(),
-    )  # fmt: skip
-    report = walk.run()
+    floats = {site.name: model.get_submodule(site.name).weight.clone() for site in sites.layers}
+    report = Walk(model, copy.deepcopy(nano), sites, method, small_set, "", RunContext()).run()
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     moved = 0
@@ -68,7 +72,7 @@ def test_learned_layers_lower_the_error_of_their_block(nano, small_set):
     method = create("adaround")
     (model, sites), (rtn, _) = prepared(nano, method), prepared(nano, method)
     unit, space, device = encoder_units(sites)[0], CacheSpace(), torch.device("cpu")
-    stages = [{"hidden_states": first_stage_input(nano, image.pixel_values)} for image in small_set.images]
+    stages = [first_inputs(nano, image) for image in small_set.images]
     inputs = cached(space, stages)
     targets = cached(space, ({"output_0": run_unit(nano, unit, stage)[0]} for stage in stages))
     data = UnitData(inputs, inputs, targets, variances(targets))

@@ -6,29 +6,19 @@ import pytest
 import torch
 
 from carsam.bits.plan import BitPlan
-from carsam.calibrate.cache import CacheSpace
+from carsam.calibrate.cache import CacheSpace, variances
 from carsam.calibrate.observers import RangeRecorder
 from carsam.errors import ConfigError
 from carsam.methods.base import Method
+from carsam.models.family import GRANULARITIES, find_sites
 from carsam.models.prepare import prepare_model
-from carsam.models.sites import find_sites
+from carsam.models.sam.decoder import decoder_input
+from carsam.prompts.calibration import CalibrationImage
 from carsam.quantizers import simulate
 from carsam.reconstruct.losses import relative_loss
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData, optimise, relative_errors, unit_seed
-from carsam.reconstruct.units import (
-    GRANULARITIES,
-    capture_unit,
-    check_cover,
-    decoder_input,
-    decoder_units,
-    encoder_units,
-    first_block_inputs,
-    first_stage_input,
-    next_stage_inputs,
-    run_module,
-    run_unit,
-)
-from carsam.run.walk import fit_weights, variances
+from carsam.reconstruct.units import check_cover, decoder_units, encoder_units, run_unit
+from carsam.run.walk import fit_weights
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +42,31 @@ def test_unknown_granularity_names_the_choices(nano):
         decoder_units(find_sites(nano), "head")
 
 
+def enter(model, embedding, boxes):
+    """The inputs of the decoder's first stage, and its stages."""
+    _, decoder = find_sites(model).family.parts(find_sites(model))
+    image = CalibrationImage("", torch.empty(0), boxes)
+    with torch.no_grad():
+        return decoder.enter(model, {"hidden_states": embedding}, image), decoder.stages
+
+
 @torch.no_grad()
 def test_walking_block_by_block_is_the_transformer(nano, arguments):
     """The stages that the walk strings together, and the pair within a block, compute what the model computes."""
     sites = find_sites(nano)
     call = decoder_input(nano, *arguments)
     expected = nano.mask_decoder.transformer(attention_similarity=None, **call)
-    inputs = first_block_inputs(nano, sites, call)
-    for block in sites.two_way_blocks:
-        whole = run_module(nano, block.name, inputs)
-        pair = next(unit for unit in decoder_units(sites, "pair") if unit.block == block)
-        captured = capture_unit(nano, pair, lambda inputs=inputs, block=block: run_module(nano, block.name, inputs))
-        for a, b in zip(run_unit(nano, pair, captured), whole):
+    inputs, (*blocks, last) = enter(nano, *arguments)
+    for block in blocks:
+        whole = block.run(nano, inputs)
+        pair = next(unit for unit in decoder_units(sites, "pair") if unit.name == f"{block.name}.pair")
+        captured = pair.capture(nano, lambda inputs=inputs, block=block: block.run(nano, inputs))
+        for a, b in zip(run_unit(nano, pair, captured), whole.values()):
             torch.testing.assert_close(a, b)
-        inputs = next_stage_inputs(sites, block.name, inputs, whole)
-    torch.testing.assert_close(whole[1], expected[1])
-    final = run_module(nano, sites.final_attention, inputs)[0]
-    tokens = nano.mask_decoder.transformer.layer_norm_final_attn(whole[0] + final)
+        inputs = block.following(nano, inputs, whole)
+    torch.testing.assert_close(whole["keys"], expected[1])
+    final = last.run(nano, inputs)["queries"]
+    tokens = nano.mask_decoder.transformer.layer_norm_final_attn(whole["queries"] + final)
     torch.testing.assert_close(tokens, expected[0])
 
 
@@ -92,10 +90,13 @@ def test_prompts_along_the_first_dimension_are_the_models_own(nano, arguments):
 @torch.no_grad()
 def test_encoder_stages_are_the_encoder(nano):
     pixels = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(1))
-    hidden = first_stage_input(nano, pixels)
-    for unit in encoder_units(find_sites(nano)):
-        hidden = run_unit(nano, unit, {"hidden_states": hidden})[0]
-    torch.testing.assert_close(hidden, nano.vision_encoder(pixels).last_hidden_state)
+    sites = find_sites(nano)
+    encoder, _ = sites.family.parts(sites)
+    values = encoder.enter(nano, {}, CalibrationImage("", pixels, torch.empty(0, 4)))
+    for unit, stage in zip(encoder_units(sites), encoder.stages):
+        assert unit.scope == (stage.name,) and stage.following is None
+        values = unit.run(nano, values)
+    torch.testing.assert_close(values["hidden_states"], nano.vision_encoder(pixels).last_hidden_state)
 
 
 def test_loss_is_relative_and_counts_channels():
@@ -117,13 +118,13 @@ def pair_problem(nano, arguments, drop):
     prepare_model(model, sites, BitPlan.parse("w4a4"), method.quantizer_for, method.softmax_for)
     model.requires_grad_(False)
     fit_weights(model, "mse")
-    unit = next(unit for unit in decoder_units(sites, "pair") if unit.block is not None)
+    unit = next(unit for unit in decoder_units(sites, "pair") if len(unit.scope) > 1)
     space = CacheSpace()
     inputs, targets = space.cache(), space.cache()
     with torch.no_grad():
         for scale in (1.0, 1.3):
-            call = first_block_inputs(nano, sites, decoder_input(nano, arguments[0] * scale, arguments[1]))
-            captured = capture_unit(nano, unit, lambda call=call: run_module(nano, unit.stage, call))
+            call, (first, *_) = enter(nano, arguments[0] * scale, arguments[1])
+            captured = unit.capture(nano, lambda call=call, first=first: first.run(nano, call))
             inputs.append(captured)
             targets.append(dict(zip("ab", run_unit(nano, unit, captured))))
     recorder = RangeRecorder(unit.modules(model))

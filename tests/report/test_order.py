@@ -4,7 +4,7 @@ import random
 
 from packed_example import layers_and_attentions
 
-from carsam.models.sites import find_sites
+from carsam.models.family import find_sites
 from carsam.report.order import compact, execution_key, layout_sites, region, row_label, short
 
 
@@ -18,7 +18,7 @@ def layout_of(layers, attentions):
 
 def test_the_order_is_that_of_the_model(nano):
     sites = find_sites(nano)
-    names = [site.name for site in sites.linears]
+    names = [site.name for site in sites.layers]
     ordered = layout_sites(layout_of(names, [site.name for site in sites.attentions]))
     assert [site.name for site in ordered if site.kind == "weight"] == names
     assert {site.name for site in ordered if site.kind == "activation"} == set(sites.activation_names)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from carsam.models.sites import find_sites
+from carsam.models.family import find_sites
 from carsam.transform.bimodal import (
     channel_signs,
     count_modes,

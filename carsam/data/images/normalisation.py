@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.errors import CheckpointError, ConfigError
 
@@ -26,6 +26,8 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 PREPROCESSOR = "preprocessor_config.json"
+# Buffers that some checkpoints save: what the model's pixels are normalised with.
+BUFFERS = ("pixel_mean", "pixel_std")
 # Our own key in preprocessor_config.json and in a model's configuration; transformers leaves it alone.
 KEY = "carsam_normalisation"
 CONSTANTS, MIN_MAX = "constants", "min-max"
@@ -116,7 +118,7 @@ def named_normalisation(name: str) -> Normalisation:
     return NAMED[name]
 
 
-def set_normalisation(model: SamModel, normalisation: Normalisation) -> None:
+def set_normalisation(model: PreTrainedModel, normalisation: Normalisation) -> None:
     """Gives a model its normalisation. It lies in the configuration, so copies and saved folders have it too."""
     model.config.__dict__.pop(KEY, None)
     # ImageNet's goes without saying, unless the folder that the model came from says otherwise.
@@ -124,10 +126,10 @@ def set_normalisation(model: SamModel, normalisation: Normalisation) -> None:
         setattr(model.config, KEY, normalisation.to_dict())
 
 
-def normalisation_of(model: SamModel) -> Normalisation:
+def normalisation_of(model: PreTrainedModel) -> Normalisation:
     """The normalisation of a model, whether carsam or transformers loaded it.
 
-    A model that ``SamModel.from_pretrained`` loaded from a folder has the folder's ``preprocessor_config.json``.
+    A model that ``from_pretrained`` loaded from a folder has the folder's ``preprocessor_config.json``.
     Without any of its own, it is ImageNet's, as Meta's models have.
 
     Raises:

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.data.images.normalisation import IMAGENET, Normalisation, Triple, normalisation_of, to_preprocessor
+from carsam.models.family import family_of
 
 Coords = TypeVar("Coords", np.ndarray, Tensor)
 
@@ -96,13 +97,13 @@ class Preprocessor:
     normalisation: Normalisation = IMAGENET
 
     @classmethod
-    def for_model(cls, model: SamModel) -> Preprocessor:
+    def for_model(cls, model: PreTrainedModel) -> Preprocessor:
         """The preprocessor that fits a model's input size and its own normalisation.
 
         Raises:
             CheckpointError: What the model or its folder says of normalisation cannot be used.
         """
-        return cls(int(model.config.vision_config.image_size), normalisation_of(model))
+        return cls(family_of(model).image_size(model), normalisation_of(model))
 
     @property
     def mean(self) -> Triple:
@@ -139,14 +140,14 @@ class Preprocessor:
         return F.pad(normalised, (0, self.image_size - width, 0, self.image_size - height)).contiguous()
 
 
-def preprocessor_config(model: SamModel) -> dict[str, Any]:
+def preprocessor_config(model: PreTrainedModel) -> dict[str, Any]:
     """``preprocessor_config.json`` for transformers' ``SamImageProcessor``, describing the same preprocessing.
 
     Its pixels are bitwise those of :class:`Preprocessor` (where Pillow resizes; torchvision's resize rounds otherwise).
     """
     preprocessor = Preprocessor.for_model(model)
     size = preprocessor.image_size
-    low_res = 4 * int(model.config.prompt_encoder_config.image_embedding_size)
+    low_res = family_of(model).low_res_size(model)
     return {
         "do_convert_rgb": True,
         "do_pad": True,

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import SamConfig
+from transformers import SamConfig, SamModel
 
 from carsam.errors import CheckpointError
-from carsam.models.sam.random import BAD_CONFIG, skeleton
+from carsam.models.skeleton import BAD_CONFIG, skeleton
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -133,7 +133,7 @@ def check_declared(config: Mapping[str, Any], shapes: Shapes, source: str, *, we
     _check_witnesses(full, shapes, where)
     _check_input(full, shapes, where)
     try:
-        parameters = sum(tensor.numel() for tensor in skeleton(full).state_dict().values())
+        parameters = sum(tensor.numel() for tensor in skeleton(SamModel, full).state_dict().values())
     except BAD_CONFIG as error:
         raise CheckpointError(f"{where} does not describe a SAM: {_gist(error)}") from error
     stored = sum(math.prod(shape) for shape in shapes.values())

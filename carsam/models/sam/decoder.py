@@ -173,9 +173,7 @@ def _pair(block: TwoWayBlock) -> Unit:
             "key_pe": call["key_point_embedding"],
         }
 
-    return Unit(
-        f"{block.name}.pair", (block.token_to_image, block.mlp, block.image_to_token), block.name, run, capture
-    )
+    return Unit(f"{block.name}.pair", (block.token_to_image, block.mlp, block.image_to_token), block.name, run, capture)
 
 
 def run_pair(block: nn.Module, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor) -> Tensors:
@@ -258,9 +256,7 @@ def decoder_input(model: nn.Module, embedding: Tensor, boxes: Tensor) -> Tensors
 def _first_block_inputs(model: nn.Module, block: str, arguments: Tensors) -> Tensors:
     """Arguments of the first decoder block, from those of the transformer."""
     transformer = model.get_submodule(TRANSFORMER)
-    _, call = capture_call(
-        model.get_submodule(block), lambda: transformer(attention_similarity=None, **arguments)
-    )
+    _, call = capture_call(model.get_submodule(block), lambda: transformer(attention_similarity=None, **arguments))
     return tensors_only(call)
 
 

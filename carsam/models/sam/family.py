@@ -12,7 +12,8 @@ from transformers.models.sam.modeling_sam import SamVisionAttention
 
 from carsam.errors import CheckpointError
 from carsam.models.attention import MatMulQuantizers
-from carsam.models.family import ENCODER, Encoders, Family, Part, Stage, Tensors
+from carsam.models.family import ENCODER, Family, Part, Stage, Tensors
+from carsam.models.folder import check_image_size
 from carsam.models.sam import decoder, encoder, forward, meta
 from carsam.models.sam.attention import QuantizedVisionAttention
 from carsam.models.sam.declared import check_declared
@@ -69,9 +70,8 @@ class Sam(Family):
             return QuantizedVisionAttention(attention, matmul)
         return super().with_matmul(attention, matmul)
 
-    def valid_queries(self, stage: nn.Module, outputs: Tensors) -> Tensor | None:
-        # Blocks keep the grid that they are given; the neck, which has no windows, does not matter.
-        return encoder.valid_queries(stage, *outputs["hidden_states"].shape[1:3])
+    def valid_queries(self, stage: nn.Module, inputs: Tensors) -> Tensor | None:
+        return encoder.valid_queries(stage, *inputs["hidden_states"].shape[1:3])
 
     # The whole model.
 
@@ -130,14 +130,20 @@ class Sam(Family):
         with torch.no_grad():
             model(**image.inputs(model.device))
 
-    def encoders(self, model: nn.Module) -> Encoders:
-        return Encoders(model.vision_encoder, model.prompt_encoder, model.mask_decoder, model.shared_image_embedding)
+    def as_segment_anything(self, model: nn.Module) -> nn.Module:
+        from carsam.models.sam.segment_anything import SegmentAnything  # reads images, whose room asks for families
+
+        return SegmentAnything(model)
 
     # Checkpoints.
 
     @property
     def anchor(self) -> str:
         return "vision_encoder.patch_embed.projection.weight"
+
+    @property
+    def published_anchor(self) -> str:
+        return meta.ANCHOR
 
     @property
     def untouched(self) -> tuple[str, ...]:
@@ -147,16 +153,9 @@ class Sam(Family):
             "prompt_encoder.point_embed.2.weight",
         )
 
-    def find_state(self, content: object, source: str) -> Mapping[str, Tensor] | None:
-        return meta.find_meta_state(content, source)
-
     def from_state(self, state: Mapping[str, Tensor], source: str, image_size: int | None = None) -> PreTrainedModel:
         model = meta.sam_from_meta(state, source)
-        if image_size not in (None, self.image_size(model)):
-            raise CheckpointError(
-                f"{source} takes images of {self.image_size(model)} pixels, as its position embeddings say, not "
-                f"{image_size}; leave out the image size."
-            )
+        check_image_size(self, model, source, image_size)
         return model
 
     def check_declared(
@@ -164,8 +163,8 @@ class Sam(Family):
     ) -> None:
         check_declared(config, shapes, source, weights_per_element=weights_per_element)
 
-    def foreign(self, names: list[str]) -> str | None:
-        return meta.why_not_sam(names)
+    def foreign(self, content: object) -> str | None:
+        return meta.why_not_sam(content)
 
     def architecture(self, model: nn.Module) -> dict[str, Any]:
         vision = model.config.vision_config

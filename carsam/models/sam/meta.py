@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import SamConfig, SamModel
 
-from carsam.data.images.normalisation import from_buffers, set_normalisation
+from carsam.data.images.normalisation import BUFFERS, from_buffers, set_normalisation
 from carsam.errors import CheckpointError
-from carsam.models.sam.declared import numbered
+from carsam.models.files.state import find_state, some
 from carsam.models.files.torch import mappings, read_torch_file
-from carsam.models.sam.random import BAD_CONFIG, skeleton
+from carsam.models.sam.declared import numbered
+from carsam.models.skeleton import BAD_CONFIG, skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ TWO_WAY_EPS = 1e-5
 VISION_EPS = 1e-6
 
 ANCHOR = "image_encoder.patch_embed.proj.weight"
-# Buffers that some forks save: what the model's pixels are normalised with.
-BUFFERS = ("pixel_mean", "pixel_std")
 # Where SAM's decoder has heads, tensors do not show them: every published model has eight.
 DECODER_HEADS = 8
 
@@ -124,31 +123,8 @@ def read_meta_file(path: Path) -> dict[str, Tensor]:
 
 
 def find_meta_state(content: object, source: str) -> dict[str, Tensor] | None:
-    """The tensors by Meta's names in a checkpoint's content; None where there are none.
-
-    The first mapping counts, outermost first, that holds the anchor tensor; its prefix is stripped. Tensors without
-    that prefix are no part of the SAM in it and are left out with a warning.
-    """
-    for mapping in mappings(content):
-        found = next((key for key in mapping if isinstance(key, str) and key.endswith(ANCHOR)), None)
-        if found is None:
-            continue
-        prefix = found[: -len(ANCHOR)]
-        tensors = {str(key): value for key, value in mapping.items() if isinstance(value, Tensor)}
-        others = [key for key in tensors if not key.startswith(prefix)]
-        if others:
-            logger.warning(
-                "%s: only the tensors under %r are SAM's; %s left out.",
-                source,
-                prefix,
-                some(others) + " " + _were(others),
-            )
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return None
-
-
-def _were(names: list[str]) -> str:
-    return "was" if len(names) == 1 else "were"
+    """SAM's tensors by Meta's names in a checkpoint's content; None where there are none."""
+    return find_state(content, ANCHOR, source)
 
 
 def why_not_sam(content: object) -> str:
@@ -167,9 +143,7 @@ def why_not_sam(content: object) -> str:
             "it was trained, and save the whole model: torch.save(model.state_dict(), path)."
         )
     if any("image_encoder." in key for key in keys):
-        return (
-            f"there is no {ANCHOR}, so its image encoder is not SAM's ViT (MobileSAM and the like are not supported)."
-        )
+        return f"there is no {ANCHOR}, so its image encoder is not SAM's ViT (carsam reads SAM's ViT and TinyViT)."
     if any(re.search(r"(^|\.)(mask_decoder|output_upscaling|iou_prediction_head)\.", key) for key in keys):
         return (
             "it holds a mask decoder without an image encoder. Put it into the checkpoint that it was trained with and "
@@ -289,7 +263,7 @@ def sam_from_meta(state: Mapping[str, Tensor], source: str = "the checkpoint") -
     """
     config = infer_config(state, source)
     try:
-        model = skeleton(config)
+        model = skeleton(SamModel, config)
     except BAD_CONFIG as error:
         raise CheckpointError(f"{source} has shapes that make no SAM: {error}") from error
     expected = model.state_dict()
@@ -333,9 +307,3 @@ def _variant(names: list[str]) -> str:
     if any(re.search(r"lora_|adapter|prompt_generator", name, re.IGNORECASE) for name in names):
         return "It has adapters, which are not supported: merge them into the weights where it was trained, or"
     return "Variants of SAM (SAM-HQ, adapters) are not supported;"
-
-
-def some(names: list[str], limit: int = 3) -> str:
-    """The first few of a list, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -7,11 +7,11 @@ vanishes) and the Fourier features of the prompts at std hidden_size / 2 (neighb
 from __future__ import annotations
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import SamConfig, SamModel
 
 from carsam.errors import ConfigError
+from carsam.models.skeleton import skeleton
 
 # hidden_size, num_hidden_layers, num_attention_heads, window_size, global_attn_indexes; everything else is shared.
 SIZES: dict[str, tuple[int, int, int, int, list[int]]] = {
@@ -21,22 +21,6 @@ SIZES: dict[str, tuple[int, int, int, int, list[int]]] = {
     "vit-h": (1280, 32, 16, 14, [7, 15, 23, 31]),
 }
 PATCH = 16
-# What transformers raises for a configuration that contradicts itself (a width of "a", zero heads, ...).
-BAD_CONFIG = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-def skeleton(config: SamConfig) -> SamModel:
-    """A ``SamModel`` on torch's meta device: shapes and names, no memory, no initialisation. Attention is eager.
-
-    Args:
-        config: Its ``_attn_implementation`` is set to "eager", so that the encoder is built of ``SamVisionAttention``.
-
-    Raises:
-        One of ``BAD_CONFIG``: The configuration contradicts itself.
-    """
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        return SamModel(config)
 
 
 def sam_config(size: str, image_size: int = 1024) -> SamConfig:
@@ -84,7 +68,7 @@ def random_sam(size: str, image_size: int = 1024, seed: int = 0) -> SamModel:
     Raises:
         ConfigError: Unknown size, or an image size that 16 does not divide.
     """
-    model = skeleton(sam_config(size, image_size)).to_empty(device="cpu")
+    model = skeleton(SamModel, sam_config(size, image_size)).to_empty(device="cpu")
     model.tie_weights()  # to_empty gives each module a tensor of its own
     # Only the CPU generator is touched: torch.manual_seed would also reseed every GPU.
     with torch.random.fork_rng(devices=[]), torch.no_grad():

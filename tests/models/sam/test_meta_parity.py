@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import SamModel
 
 from carsam.models.load import load_model
 from carsam.models.sam.meta import infer_config, key_map
-from carsam.models.sam.random import sam_config, skeleton
+from carsam.models.sam.random import sam_config
+from carsam.models.skeleton import skeleton
 
 # find_spec does not run the package, which would want torchvision.
 if importlib.util.find_spec("segment_anything") is None:
@@ -78,4 +80,4 @@ def test_architecture_and_names_follow_from_shapes(size):
             assert inferred.pop("layer_norm_eps") == 1e-5  # Meta's; transformers publishes 1e-6
             expected.pop("layer_norm_eps")
         assert inferred == expected
-    assert set(key_map(skeleton(config)).values()) == set(state)
+    assert set(key_map(skeleton(SamModel, config)).values()) == set(state)

@@ -10,21 +10,21 @@ from carsam.bits.plan import BitPlan, Bits
 from carsam.config import QuantizeConfig
 from carsam.errors import CheckpointError, ConfigError
 from carsam.methods.base import Method
+from carsam.models.family import find_sites
 from carsam.models.prepare import prepare_model
-from carsam.models.sites import find_sites
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
 
 
 def test_sites_are_every_layer_that_the_specification_names(nano):
     sites = find_sites(nano)
-    found = {site.name for site in sites.linears}
+    found = {site.name for site in sites.layers}
     expected = {
         name
         for name, module in nano.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
         and (name.startswith(("vision_encoder.layers", "vision_encoder.neck", "mask_decoder.transformer")))
     }
-    assert found == expected and len(sites.linears) == len(found)
+    assert found == expected and len(sites.layers) == len(found)
     assert len(sites.attentions) == 8 + 2 * 3 + 1
 
 
@@ -71,7 +71,7 @@ def prepared(nano, bits, softmax="uniform"):
 @pytest.mark.parametrize("chunk", [2**25, 49 * 49 * 4])
 def test_outputs_are_the_float_models_while_nothing_is_simulated(nano, softmax, chunk, monkeypatch):
     """Also in chunks of heads, as large attentions run."""
-    monkeypatch.setattr("carsam.models.attention.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("carsam.models.sam.attention.CHUNK_ELEMENTS", chunk)
     model = prepared(nano, "w4a4", softmax)
     g = torch.Generator().manual_seed(0)
     inputs = {
