@@ -21,9 +21,9 @@ import carsam
 from carsam.calibrate.cache import CacheSpace
 from carsam.config import QuantizeConfig
 from carsam.methods.base import create
+from carsam.models.family import find_sites
 from carsam.models.prepare import prepare_model
 from carsam.models.sam.random import random_sam
-from carsam.models.family import find_sites
 from carsam.models.sites import replace_module
 from carsam.prompts.calibration import CalibrationImage, CalibrationSet
 from carsam.reconstruct.optimize import optimise

@@ -17,9 +17,9 @@ from carsam.compensate.closed_form import SOLVERS
 from carsam.compensate.mac import MacSettings, compensate_attention
 from carsam.config import QuantizeConfig
 from carsam.methods.base import create
+from carsam.models.family import find_sites
 from carsam.models.prepare import prepare_model
 from carsam.models.sam.random import random_sam
-from carsam.models.family import find_sites
 from carsam.quantizers import simulate
 from carsam.run.memory import peak_memory
 from carsam.run.walk import fit_weights

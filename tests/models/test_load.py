@@ -168,7 +168,7 @@ NOT_SAM = {
         lambda s: {"model": {"image_encoder.trunk.patch_embed.proj.weight": torch.zeros(1)}},
         "SAM 2 is not supported yet",
     ),
-    "MobileSAM": (lambda s: {"image_encoder.layers.0.c.weight": torch.zeros(1)}, "MobileSAM and the like"),
+    "MobileSAM": (lambda s: {"image_encoder.layers.0.c.weight": torch.zeros(1)}, "the TinyViT of MobileSAM"),
     "transformers": (lambda s: {"vision_encoder.layers.0.x": torch.zeros(1)}, "pass the folder"),
     "encoder only": (
         lambda s: {k: v for k, v in s.items() if k.startswith("image_encoder")},

@@ -19,8 +19,8 @@ from carsam.calibrate.cache import CacheSpace
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
 from carsam.quantizers.affine import decode, encode
 from carsam.quantizers.rounding import SoftRound, rectified_sigmoid, weight_grid
+from carsam.reconstruct.layerwise import single_layer
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData, optimise
-from carsam.reconstruct.units import Unit
 
 BITS = (2, 4, 8)
 
@@ -152,7 +152,7 @@ def penalties(steps):
     for cache, name in zip(caches, ("x", "x", "y")):
         cache.append({name: torch.ones(1, 3 if name == "x" else 2)})
     seen = []
-    unit, settings = Unit("layer", ("layer",), "layer"), ReconstructionSettings(learn_scales=False)
+    unit, settings = single_layer("layer", "layer", -1), ReconstructionSettings(learn_scales=False)
     optimise(
         toy,
         unit,
