@@ -89,7 +89,9 @@ def infer_tinyvit_config(
         tensor = state.get(name)
         if tensor is None:
             raise CheckpointError(f"{source} is not a whole SAM checkpoint: {name} is missing. Use the complete file.")
-        if tensor.ndim != dims or not tensor.numel():
+        if not tensor.numel():
+            raise CheckpointError(f"{source} does not fit together: {name} is empty. The file is damaged.")
+        if tensor.ndim != dims:
             raise CheckpointError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, not {dims} dimensions as in MobileSAM."
             )
