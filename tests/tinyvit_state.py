@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from carsam.models.skeleton import skeleton
 from carsam.models.tinyvit.meta import tensor_map
-from carsam.models.tinyvit.modeling import tinyvit_skeleton
+from carsam.models.tinyvit.modeling import TinyVitSamModel
 from carsam.models.tinyvit.random import tinyvit_config
 
 # Every stage and kind of block, windows that divide no side of the map, in a fiftieth of the parameters.
@@ -30,7 +31,7 @@ def published_state(kind: str = "mobilesam", seed: int = 0, **vision: object) ->
         seed: Of the weights.
         **vision: Settings of the encoder; ``SMALL`` where there are none.
     """
-    model = tinyvit_skeleton(tinyvit_config(kind, SIDES[kind], **(vision or SMALL)))
+    model = skeleton(TinyVitSamModel, tinyvit_config(kind, SIDES[kind], **(vision or SMALL)))
     random = torch.Generator().manual_seed(seed)
     names = tensor_map(model)
     state: dict[str, Tensor] = {}

@@ -23,13 +23,13 @@ import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from carsam.errors import CheckpointError
 from carsam.models.sites import Sites
@@ -183,6 +183,15 @@ class Family(ABC):
         Raises:
             CheckpointError: They do not fit.
         """
+
+    def too_large(self, config: PreTrainedConfig, layers: Sequence[str]) -> str:
+        """What makes a configuration one that would take for ever to build; empty where nothing does.
+
+        Args:
+            config: Of a packed model, as transformers read it.
+            layers: Module paths that the packed model's layout names.
+        """
+        return ""
 
     @property
     @abstractmethod

@@ -11,14 +11,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from carsam.errors import CheckpointError
+from carsam.models.family import family_of_type
 from carsam.pack.folder import CHECKSUMS, CONFIG, WEIGHTS, read_header, verify
 from carsam.pack.layers import PackedLayer
 from carsam.pack.source import complete
 from carsam.quantizers.affine import qmax
 from carsam.quantizers.grid import Grid
-
-# No published SAM comes near; 2**15 to the power of four still fits in 64 bits, so shapes cannot overflow.
-_LARGEST_SIDE, _MOST_MODULES = 2**15, 256
 
 
 def verified_folder(files: Sequence[Path]) -> Path:
@@ -42,39 +40,13 @@ def check_sizes(config: PreTrainedConfig, layout: dict[str, Any]) -> None:
     """Refuses a configuration that would take for ever to build, from what the layout says.
 
     Raises:
-        CheckpointError: Layers that the layout does not name, sides or numbers of modules beyond any SAM's.
+        CheckpointError: No family has such a model, or its layers are not those of the layout, or beyond any model's.
     """
-    vision, prompt, decoder = (
-        getattr(config, name, None) for name in ("vision_config", "prompt_encoder_config", "mask_decoder_config")
-    )
-    if vision is None or prompt is None or decoder is None:
+    family = family_of_type(config.model_type)
+    if family is None:
         raise CheckpointError(f"the {CONFIG} of the packed folder describes no SAM; get the folder again.")
-    named = (
-        (vision, "vision_encoder.layers"),
-        (decoder, "mask_decoder.transformer.layers"),
-    )
-    for part, prefix in named:
-        found = len(
-            {name.split(".")[prefix.count(".") + 1] for name in layout["attentions"] if name.startswith(prefix)}
-        )
-        if part.num_hidden_layers != found:
-            raise _too_much(f"{prefix} number {part.num_hidden_layers}", f"its layout names {found}")
-    sides = [
-        *((vision, name) for name in ("hidden_size", "image_size", "patch_size", "num_channels", "output_channels")),
-        *((vision, name) for name in ("mlp_dim", "num_pos_feats", "num_attention_heads")),
-        *((prompt, name) for name in ("hidden_size", "image_size", "patch_size", "mask_input_channels")),
-        *((decoder, name) for name in ("hidden_size", "mlp_dim", "iou_head_hidden_dim", "num_attention_heads")),
-    ]
-    counts = [(prompt, "num_point_embeddings"), (decoder, "num_multimask_outputs"), (decoder, "iou_head_depth")]
-    for most, settings in ((_LARGEST_SIDE, sides), (_MOST_MODULES, counts)):
-        for part, name in settings:
-            value = getattr(part, name, 1)
-            if type(value) is not int or not 1 <= value <= most:
-                raise _too_much(f"{name} is {str(value)[:40]}", f"it must be a whole number from 1 to {most}")
-
-
-def _too_much(what: str, why: str) -> CheckpointError:
-    return CheckpointError(f"the {CONFIG} of the packed folder is damaged: {what}, but {why}; get the folder again.")
+    if wrong := family.too_large(config, (*layout["layers"], *layout["attentions"])):
+        raise CheckpointError(f"the {CONFIG} of the packed folder is damaged: {wrong}; get the folder again.")
 
 
 def check_tensors(model: PreTrainedModel, files: Sequence[Path]) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import SamConfig, SamModel
+from transformers import PreTrainedModel, SamConfig, SamModel
 
 from carsam.errors import CheckpointError
 from carsam.models.skeleton import BAD_CONFIG, skeleton
 
 Shapes = Mapping[str, Sequence[int]]
+Config = TypeVar("Config", bound=SamConfig)
 
 VISION, PROMPT, DECODER = "vision_config", "prompt_encoder_config", "mask_decoder_config"
 # Whole numbers of each part; all must be at least 1, but for those of AT_LEAST_ZERO.
@@ -120,22 +121,65 @@ def check_declared(config: Mapping[str, Any], shapes: Shapes, source: str, *, we
         CheckpointError: A setting is no usable number, contradicts the weights, or the parts contradict each other.
     """
     where = f"config.json of {source}"
+    full = check_parts(SamConfig, config, shapes, source, (VISION, PROMPT, DECODER))
+    indexes, layers = full.vision_config.global_attn_indexes, full.vision_config.num_hidden_layers
+    wrong = [index for index in indexes if isinstance(index, bool) or not 0 <= index < layers]
+    if wrong:
+        raise CheckpointError(
+            f"{where} does not describe a SAM: {VISION}.global_attn_indexes names layer {_show(wrong[0])}, of "
+            f"{layers} layers."
+        )
+    _check_heads(full, shapes, where)
+    _check_input(full, shapes, where)
+    check_size(SamModel, full, shapes, where, weights_per_element)
+
+
+def check_parts(
+    kind: type[Config], config: Mapping[str, Any], shapes: Shapes, source: str, parts: tuple[str, ...]
+) -> Config:
+    """Checks parts of a configuration that SAM and models like it have, and reads it.
+
+    Args:
+        kind: Class of the configuration.
+        config: ``config.json`` as a mapping.
+        shapes: Shape of every tensor in the weights.
+        source: What errors call the model.
+        parts: Names of the parts.
+
+    Raises:
+        CheckpointError: A setting is no usable number or contradicts the weights.
+    """
+    where = f"config.json of {source}"
     empty = next((name for name, shape in shapes.items() if 0 in tuple(shape)), None)
     if empty is not None:
         raise CheckpointError(f"the weights in {source} are damaged: {empty} is empty. Get them again.")
-    _check_types(config, where)
+    _check_types(config, where, parts)
     try:
-        full = SamConfig.from_dict(dict(config))
+        full = kind.from_dict(dict(config))
     except BAD_CONFIG as error:
         raise CheckpointError(f"{where} does not describe a SAM: {_gist(error)}") from error
-    _check_counts(full, shapes, where)
-    _check_numbers(full, where)
-    _check_witnesses(full, shapes, where)
-    _check_input(full, shapes, where)
+    _check_counts(full, shapes, where, parts)
+    _check_numbers(full, where, parts)
+    _check_witnesses(full, shapes, where, parts)
+    return full
+
+
+def check_size(
+    model: type[PreTrainedModel], config: SamConfig, shapes: Shapes, where: str, weights_per_element: float
+) -> dict[str, Any]:
+    """Refuses a configuration that declares more weights than there are numbers.
+
+    Returns:
+        Shape of every tensor of the declared model.
+
+    Raises:
+        CheckpointError: It does, or its parts contradict each other.
+    """
     try:
-        parameters = sum(tensor.numel() for tensor in skeleton(SamModel, full).state_dict().values())
+        declared = {name: tuple(tensor.shape) for name, tensor in skeleton(model, config).state_dict().items()}
     except BAD_CONFIG as error:
         raise CheckpointError(f"{where} does not describe a SAM: {_gist(error)}") from error
+    parameters = sum(math.prod(shape) for shape in declared.values())
     stored = sum(math.prod(shape) for shape in shapes.values())
     # The tied Fourier features may be stored once; a factor of two lets through what the loader then reports by name.
     if parameters > 2 * weights_per_element * stored:
@@ -143,12 +187,13 @@ def check_declared(config: Mapping[str, Any], shapes: Shapes, source: str, *, we
             f"{where} declares a model of {parameters:,} weights, but its weights hold {stored:,} numbers; they are "
             "incomplete, or belong to another model."
         )
+    return declared
 
 
-def _check_types(config: Mapping[str, Any], where: str) -> None:
+def _check_types(config: Mapping[str, Any], where: str, parts: tuple[str, ...]) -> None:
     """The settings that sizes come from, as they stand in the file, before transformers computes with them."""
-    for part, names in WHOLE.items():
-        section = config.get(part)
+    for part in parts:
+        names, section = WHOLE[part], config.get(part)
         if section is None:
             continue
         if not isinstance(section, Mapping):
@@ -164,9 +209,10 @@ def _check_types(config: Mapping[str, Any], where: str) -> None:
                 )
 
 
-def _check_numbers(config: SamConfig, where: str) -> None:
+def _check_numbers(config: SamConfig, where: str, parts: tuple[str, ...]) -> None:
     """The settings that no tensor shows but that decide what the model computes."""
-    settings = [(part, "layer_norm_eps", 0.0, 1.0) for part in WHOLE] + [(VISION, "attention_dropout", 0.0, 1.0)]
+    settings = [(part, "layer_norm_eps", 0.0, 1.0) for part in parts]
+    settings += [(part, "attention_dropout", 0.0, 1.0) for part in parts if part == VISION]
     for part, name, low, high in settings:
         value = getattr(getattr(config, part), name, 0.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
@@ -174,46 +220,48 @@ def _check_numbers(config: SamConfig, where: str) -> None:
                 f"{where} does not describe a SAM: {part}.{name} is {_show(value)}; it must be a number from {low:g} "
                 f"to {high:g}."
             )
-    indexes, layers = config.vision_config.global_attn_indexes, config.vision_config.num_hidden_layers
-    wrong = [index for index in indexes if isinstance(index, bool) or not 0 <= index < layers]
-    if wrong:
-        raise CheckpointError(
-            f"{where} does not describe a SAM: {VISION}.global_attn_indexes names layer {_show(wrong[0])}, of "
-            f"{layers} layers."
-        )
 
 
-def _check_counts(config: SamConfig, shapes: Shapes, where: str) -> None:
+def _check_counts(config: SamConfig, shapes: Shapes, where: str, parts: tuple[str, ...]) -> None:
     for part, name, offset, pattern in COUNTS:
+        if part not in parts:
+            continue
         declared, found = getattr(getattr(config, part), name), numbered(shapes, pattern) + offset
         if declared != found:
-            raise _contradiction(where, f"{part}.{name}", declared, found)
+            raise contradiction(where, f"{part}.{name}", declared, found)
 
 
-def _check_witnesses(config: SamConfig, shapes: Shapes, where: str) -> None:
-    vision, decoder = config.vision_config, config.mask_decoder_config
+def _check_witnesses(config: SamConfig, shapes: Shapes, where: str, parts: tuple[str, ...]) -> None:
+    decoder = config.mask_decoder_config
     for part, name, tensor, dimension in WITNESSES:
+        if part not in parts:
+            continue
         declared, found = getattr(getattr(config, part), name), _side(shapes, tensor, dimension)
         if found is not None and declared != found:
-            raise _contradiction(where, f"{part}.{name}", declared, found, tensor)
-    heads = _side(shapes, "vision_encoder.layers.0.attn.rel_pos_h", 1)
-    if heads is not None and vision.num_attention_heads * heads != vision.hidden_size:
-        found = vision.hidden_size // heads
-        raise _contradiction(where, f"{VISION}.num_attention_heads", vision.num_attention_heads, found)
-    if vision.hidden_size % vision.num_attention_heads:
-        raise CheckpointError(
-            f"{where} does not describe a SAM: {vision.num_attention_heads} heads do not divide the width "
-            f"{vision.hidden_size}."
-        )
+            raise contradiction(where, f"{part}.{name}", declared, found, tensor)
     inner = _side(shapes, "mask_decoder.transformer.final_attn_token_to_image.q_proj.bias", 0)
     if inner is not None and decoder.hidden_size // decoder.attention_downsample_rate != inner:
         found = decoder.hidden_size // inner
         declared = decoder.attention_downsample_rate
-        raise _contradiction(where, f"{DECODER}.attention_downsample_rate", declared, found)
+        raise contradiction(where, f"{DECODER}.attention_downsample_rate", declared, found)
     if inner is not None and inner % decoder.num_attention_heads:
         raise CheckpointError(
             f"{where} does not describe a SAM: {DECODER}.num_attention_heads is {decoder.num_attention_heads}, which "
             f"does not divide its attention's {inner} channels."
+        )
+
+
+def _check_heads(config: SamConfig, shapes: Shapes, where: str) -> None:
+    """The heads of the image encoder."""
+    vision = config.vision_config
+    heads = _side(shapes, "vision_encoder.layers.0.attn.rel_pos_h", 1)
+    if heads is not None and vision.num_attention_heads * heads != vision.hidden_size:
+        found = vision.hidden_size // heads
+        raise contradiction(where, f"{VISION}.num_attention_heads", vision.num_attention_heads, found)
+    if vision.hidden_size % vision.num_attention_heads:
+        raise CheckpointError(
+            f"{where} does not describe a SAM: {vision.num_attention_heads} heads do not divide the width "
+            f"{vision.hidden_size}."
         )
 
 
@@ -231,13 +279,13 @@ def _check_input(config: SamConfig, shapes: Shapes, where: str) -> None:
         raise CheckpointError(f"{where} describes a model of {vision.num_channels} channels; carsam feeds RGB images.")
     grid = vision.image_size // vision.patch_size
     if prompt.image_embedding_size != grid:
-        raise _contradiction(where, f"{PROMPT}.image_embedding_size", prompt.image_embedding_size, grid)
+        raise contradiction(where, f"{PROMPT}.image_embedding_size", prompt.image_embedding_size, grid)
     shown = _side(shapes, "vision_encoder.pos_embed", 1) if vision.use_abs_pos else None
     if shown is None and vision.use_rel_pos and vision.global_attn_indexes:
         rows = _side(shapes, f"vision_encoder.layers.{vision.global_attn_indexes[0]}.attn.rel_pos_h", 0)
         shown = None if rows is None else (rows + 1) // 2
     if shown is not None and grid != shown:
-        raise _contradiction(where, f"{VISION}.image_size", vision.image_size, shown * vision.patch_size)
+        raise contradiction(where, f"{VISION}.image_size", vision.image_size, shown * vision.patch_size)
     if shown is None and vision.image_size > LARGEST_UNSHOWN_INPUT:
         raise CheckpointError(
             f"{where} declares an input of {vision.image_size} pixels, and no tensor of its weights confirms it."
@@ -247,7 +295,7 @@ def _check_input(config: SamConfig, shapes: Shapes, where: str) -> None:
     if windowed and vision.window_size:
         rows = _side(shapes, f"vision_encoder.layers.{windowed[0]}.attn.rel_pos_h", 0) if vision.use_rel_pos else None
         if rows is not None and rows != 2 * vision.window_size - 1:
-            raise _contradiction(where, f"{VISION}.window_size", vision.window_size, (rows + 1) // 2)
+            raise contradiction(where, f"{VISION}.window_size", vision.window_size, (rows + 1) // 2)
         if rows is None and vision.window_size > 4 * grid:
             raise CheckpointError(
                 f"{where} does not describe a SAM: {VISION}.window_size is {vision.window_size}, on a grid of {grid}."
@@ -260,7 +308,7 @@ def _side(shapes: Shapes, name: str, dimension: int) -> int | None:
     return None if shape is None or len(shape) <= dimension else int(shape[dimension])
 
 
-def _contradiction(where: str, setting: str, declared: object, found: int, tensor: str = "") -> CheckpointError:
+def contradiction(where: str, setting: str, declared: object, found: int, tensor: str = "") -> CheckpointError:
     shown = f" ({tensor})" if tensor else ""
     return CheckpointError(
         f"{where} says that {setting} is {_show(declared)}, but its weights have {found}{shown}. config.json and the "
@@ -277,3 +325,42 @@ def _gist(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2])[:300] if lines else type(error).__name__
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+# No published SAM comes near; 2**15 to the power of four still fits in 64 bits, so shapes cannot overflow.
+_LARGEST_SIDE, _MOST_MODULES = 2**15, 256
+
+
+def too_large(
+    config: SamConfig,
+    layers: Sequence[str],
+    vision: Sequence[str] = ("hidden_size", "patch_size", "mlp_dim", "num_attention_heads"),
+) -> str:
+    """What makes a packed model's configuration one that would take for ever to build; empty where nothing does.
+
+    Args:
+        config: As transformers read it.
+        layers: Module paths that the layout names.
+        vision: Settings of the image encoder that are sides of tensors, beside those that all encoders have.
+    """
+    parts = [getattr(config, name, None) for name in (VISION, PROMPT, DECODER)]
+    if None in parts:
+        return "it describes no SAM"
+    encoder, prompt, decoder = parts
+    for part, prefix in ((encoder, r"vision_encoder\.layers"), (decoder, r"mask_decoder\.transformer\.layers")):
+        found = numbered(layers, prefix + r"\.(\d+)\.")
+        if part.num_hidden_layers != found:
+            where = prefix.replace("\\", "")
+            return f"{where} number {part.num_hidden_layers}, but its layout names {found}"
+    sides = [
+        *((encoder, name) for name in (*vision, "image_size", "num_channels", "output_channels", "num_pos_feats")),
+        *((prompt, name) for name in ("hidden_size", "image_size", "patch_size", "mask_input_channels")),
+        *((decoder, name) for name in ("hidden_size", "mlp_dim", "iou_head_hidden_dim", "num_attention_heads")),
+    ]
+    counts = [(prompt, "num_point_embeddings"), (decoder, "num_multimask_outputs"), (decoder, "iou_head_depth")]
+    for most, settings in ((_LARGEST_SIDE, sides), (_MOST_MODULES, counts)):
+        for part, name in settings:
+            value = getattr(part, name, 1)
+            if type(value) is not int or not 1 <= value <= most:
+                return f"{name} is {str(value)[:40]}, but it must be a whole number from 1 to {most}"
+    return ""

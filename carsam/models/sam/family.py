@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, SamModel
+from transformers import PreTrainedConfig, PreTrainedModel, SamModel
 from transformers.models.sam.modeling_sam import SamVisionAttention
 
 from carsam.errors import CheckpointError
@@ -16,7 +16,7 @@ from carsam.models.family import ENCODER, Family, Part, Stage, Tensors
 from carsam.models.folder import check_image_size
 from carsam.models.sam import decoder, encoder, forward, meta
 from carsam.models.sam.attention import QuantizedVisionAttention
-from carsam.models.sam.declared import check_declared
+from carsam.models.sam.declared import check_declared, too_large
 from carsam.models.sites import AttentionSite, LayerSite, Sites
 from carsam.reconstruct.units import Unit
 
@@ -162,6 +162,9 @@ class Sam(Family):
         self, config: Mapping[str, Any], shapes: Mapping[str, Any], source: str, *, weights_per_element: float = 1
     ) -> None:
         check_declared(config, shapes, source, weights_per_element=weights_per_element)
+
+    def too_large(self, config: PreTrainedConfig, layers: Sequence[str]) -> str:
+        return too_large(config, layers)
 
     def foreign(self, content: object) -> str | None:
         return meta.why_not_sam(content)

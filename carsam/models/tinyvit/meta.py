@@ -7,25 +7,28 @@ convolutions on the way. A tensor that is missing or left over is an error, as w
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from carsam.data.normalisation import IMAGENET, STRETCHED, Normalisation, from_buffers, set_normalisation
+from carsam.data.images.normalisation import (
+    BUFFERS,
+    IMAGENET,
+    STRETCHED,
+    Normalisation,
+    from_buffers,
+    set_normalisation,
+)
 from carsam.errors import CheckpointError, ConfigError
-from carsam.models import meta_checkpoint
-from carsam.models.declared import numbered
-from carsam.models.meta_checkpoint import BUFFERS, some
-from carsam.models.random_init import BAD_CONFIG
+from carsam.models.files.state import some
+from carsam.models.sam import meta as sam_meta
+from carsam.models.sam.declared import numbered
+from carsam.models.skeleton import BAD_CONFIG, skeleton
 from carsam.models.tinyvit.configuration import PATCH_STRIDES, TinyVitConfig, TinyVitSamConfig
-from carsam.models.tinyvit.modeling import TinyVitSamModel, tinyvit_skeleton
-from carsam.models.torch_file import mappings
-
-logger = logging.getLogger(__name__)
+from carsam.models.tinyvit.modeling import TinyVitSamModel
 
 ANCHOR = "image_encoder.patch_embed.seq.0.c.weight"
 # Default eps of nn.BatchNorm2d and nn.LayerNorm, which TinyViT takes for both.
@@ -39,34 +42,6 @@ CLASSIFIER = ("image_encoder.norm_head.", "image_encoder.head.")
 # Buffers without weight: how many batches a norm has seen, and where attention biases lie (computed here).
 COUNTERS = (".num_batches_tracked", ".attention_bias_idxs", ".attn.ab")
 NORM = ("weight", "bias", "running_mean", "running_var")
-
-
-def matches(names: Iterable[str]) -> bool:
-    """Whether a state dict in the published form is of this family, by the names of its tensors.
-
-    Args:
-        names: Names with or without a prefix such as ``module.`` (a state dict or a table of shapes will do).
-    """
-    return any(isinstance(name, str) and name.endswith(ANCHOR) for name in names)
-
-
-def find_tinyvit_state(content: object, source: str) -> dict[str, Tensor] | None:
-    """The tensors in a checkpoint's content by their published names; None where there are none.
-
-    The first mapping counts, outermost first, that holds the anchor tensor; its prefix is stripped. Tensors without
-    that prefix are no part of the model in it and are left out with a warning.
-    """
-    for mapping in mappings(content):
-        found = next((key for key in mapping if isinstance(key, str) and key.endswith(ANCHOR)), None)
-        if found is None:
-            continue
-        prefix = found[: -len(ANCHOR)]
-        tensors = {str(key): value for key, value in mapping.items() if isinstance(value, Tensor)}
-        others = [key for key in tensors if not key.startswith(prefix)]
-        if others:
-            logger.warning("%s: only the tensors under %r are SAM's; left out: %s.", source, prefix, some(others))
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return None
 
 
 def infer_tinyvit_config(
@@ -178,7 +153,7 @@ def _prompt_and_decoder(state: Mapping[str, Tensor], source: str, grid: int, str
         "image_encoder.blocks.0.attn.rel_pos_h": of(2 * grid - 1, width),
         "image_encoder.blocks.0.mlp.lin1.weight": of(width, width),
     }
-    config = meta_checkpoint.infer_config(ChainMap(vit, dict(state)), source)
+    config = sam_meta.infer_config(ChainMap(vit, dict(state)), source)
     return {
         "prompt_encoder_config": config.prompt_encoder_config,
         "mask_decoder_config": config.mask_decoder_config,
@@ -228,7 +203,7 @@ def tensor_map(model: TinyVitSamModel) -> dict[str, tuple[str, ...]]:
         path, _, leaf = name.rpartition(".")
         theirs = modules.get(path)
         if theirs is None:
-            found[name] = (meta_checkpoint._meta_name(name, depth),)
+            found[name] = (sam_meta._meta_name(name, depth),)
         elif isinstance(model.get_submodule(path), torch.nn.Conv2d):
             found[name] = (f"{theirs}.c.weight", *(f"{theirs}.bn.{part}" for part in NORM))
         else:
@@ -281,7 +256,7 @@ def tinyvit_from_meta(
     """
     config = infer_tinyvit_config(state, source, image_size)
     try:
-        model = tinyvit_skeleton(config)
+        model = skeleton(TinyVitSamModel, config)
     except BAD_CONFIG as error:
         raise CheckpointError(f"{source} has shapes that make no SAM: {error}") from error
     sources = tensor_map(model)
@@ -324,7 +299,7 @@ def _check(state: Mapping[str, Tensor], model: TinyVitSamModel, sources: Mapping
     if unexpected:
         raise CheckpointError(
             f"{source} has tensors that MobileSAM does not: {some(unexpected)}. "
-            f"{meta_checkpoint._variant(unexpected)} if these tensors play no part, save the file without them."
+            f"{sam_meta._variant(unexpected)} if these tensors play no part, save the file without them."
         )
     expected = model.state_dict()
     shapes = {}

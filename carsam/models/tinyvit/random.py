@@ -7,12 +7,12 @@ import math
 import torch
 from torch import nn
 
-from carsam.data.normalisation import set_normalisation
+from carsam.data.images.normalisation import set_normalisation
 from carsam.errors import ConfigError
-from carsam.models.random_init import BAD_CONFIG
+from carsam.models.skeleton import BAD_CONFIG, skeleton
 from carsam.models.tinyvit.configuration import TinyVitConfig, TinyVitSamConfig
 from carsam.models.tinyvit.meta import PUBLISHED
-from carsam.models.tinyvit.modeling import TinyVitAttention, TinyVitSamModel, tinyvit_skeleton
+from carsam.models.tinyvit.modeling import TinyVitAttention, TinyVitSamModel
 
 # The kernel of the patch embedding is all in which the two published architectures differ, but for the image size.
 KINDS: dict[str, int] = {"mobilesam": 3, "litemedsam": 1}
@@ -64,7 +64,7 @@ def random_tinyvit(
         ConfigError: Unknown kind, or settings that make no encoder.
     """
     config = tinyvit_config(kind, image_size, **vision)
-    model = tinyvit_skeleton(config).to_empty(device="cpu")
+    model = skeleton(TinyVitSamModel, config).to_empty(device="cpu")
     model.tie_weights()  # to_empty gives each module a tensor of its own
     # Only the CPU generator is touched: torch.manual_seed would also reseed every GPU.
     with torch.random.fork_rng(devices=[]), torch.no_grad():

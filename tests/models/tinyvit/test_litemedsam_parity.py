@@ -7,12 +7,13 @@ import pytest
 import torch
 from tinyvit_packages import LITEMEDSAM, import_package, wheel
 
-from carsam.data.images import read_image
-from carsam.data.normalisation import STRETCHED, normalisation_of
-from carsam.data.transforms import Preprocessor
-from carsam.models.tinyvit.meta import find_tinyvit_state, tinyvit_from_meta
+from carsam.data.images.normalisation import STRETCHED, normalisation_of
+from carsam.data.images.reading import read_image
+from carsam.data.images.transforms import Preprocessor
+from carsam.models.files.state import find_state
+from carsam.models.files.torch import read_torch_file
+from carsam.models.tinyvit.meta import ANCHOR, tinyvit_from_meta
 from carsam.models.tinyvit.published import MEMBER, NAME, is_published
-from carsam.models.torch_file import read_torch_file
 
 PHOTOS = ["000000000885.jpg", "000000001268.jpg"]
 
@@ -37,7 +38,7 @@ def published(checkpoint):
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
-    return tinyvit_from_meta(find_tinyvit_state(read_torch_file(checkpoint), str(checkpoint)), str(checkpoint))
+    return tinyvit_from_meta(find_state(read_torch_file(checkpoint), ANCHOR, str(checkpoint)), str(checkpoint))
 
 
 def sample(folder, photo, model):

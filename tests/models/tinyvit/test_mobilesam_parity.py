@@ -5,9 +5,9 @@ import torch
 from tinyvit_packages import MOBILESAM, import_package
 from torch import nn
 
-from carsam.data.images import read_image
-from carsam.data.normalisation import IMAGENET, normalisation_of
-from carsam.data.transforms import Preprocessor
+from carsam.data.images.normalisation import IMAGENET, normalisation_of
+from carsam.data.images.reading import read_image
+from carsam.data.images.transforms import Preprocessor
 from carsam.models.tinyvit.meta import tinyvit_from_meta
 
 PROMPTS = {

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from carsam.errors import ConfigError
-from carsam.models.random_init import BAD_CONFIG
+from carsam.models.skeleton import BAD_CONFIG
 from carsam.models.tinyvit.configuration import TinyVitConfig, TinyVitSamConfig
 from carsam.models.tinyvit.random import tinyvit_config
 

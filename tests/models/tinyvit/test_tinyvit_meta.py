@@ -5,14 +5,14 @@ import torch
 from tinyvit_state import SIDES, SMALL, published_state
 from torch.nn import functional as F
 
-from carsam.data.normalisation import IMAGENET, STRETCHED, UNIT, normalisation_of
+from carsam.data.images.normalisation import IMAGENET, STRETCHED, UNIT, normalisation_of
 from carsam.errors import CheckpointError, ConfigError
+from carsam.models.files.state import find_state
 from carsam.models.tinyvit.meta import (
-    find_tinyvit_state,
+    ANCHOR,
     fold_batch_norm,
     heads_apart,
     infer_tinyvit_config,
-    matches,
     tinyvit_from_meta,
 )
 from carsam.models.tinyvit.random import tinyvit_config
@@ -95,15 +95,12 @@ def test_half_precision_weights_are_folded_in_double():
 def test_wrapped_and_prefixed_state_dicts_are_found(wrap, prefix):
     state = published_state()
     content = wrap({prefix + name: tensor for name, tensor in state.items()})
-    found = find_tinyvit_state(content, "file.pt")
-    assert found.keys() == state.keys()
-    assert matches(found)
+    assert find_state(content, ANCHOR, "file.pt").keys() == state.keys()
 
 
 def test_other_content_is_not_of_this_family(nano):
-    assert find_tinyvit_state({"model": nano.state_dict()}, "file.pt") is None
-    assert not matches(nano.state_dict())
-    assert not matches(["image_encoder.patch_embed.proj.weight"])
+    assert find_state({"model": nano.state_dict()}, ANCHOR, "file.pt") is None
+    assert find_state({"image_encoder.patch_embed.proj.weight": torch.ones(1)}, ANCHOR, "file.pt") is None
 
 
 def without(*names):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tinyvit_state import SIDES
 
-from carsam.data.normalisation import IMAGENET, STRETCHED, normalisation_of
+from carsam.data.images.normalisation import IMAGENET, STRETCHED, normalisation_of
 from carsam.models.tinyvit.random import random_tinyvit
 
 
