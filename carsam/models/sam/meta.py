@@ -143,7 +143,10 @@ def why_not_sam(content: object) -> str:
             "it was trained, and save the whole model: torch.save(model.state_dict(), path)."
         )
     if any("image_encoder." in key for key in keys):
-        return f"there is no {ANCHOR}, so its image encoder is not SAM's ViT (carsam reads SAM's ViT, and the TinyViT of MobileSAM and LiteMedSAM)."
+        return (
+            f"there is no {ANCHOR}, so its image encoder is not SAM's ViT (carsam reads SAM's ViT, and the TinyViT of "
+            "MobileSAM and LiteMedSAM)."
+        )
     if any(re.search(r"(^|\.)(mask_decoder|output_upscaling|iou_prediction_head)\.", key) for key in keys):
         return (
             "it holds a mask decoder without an image encoder. Put it into the checkpoint that it was trained with and "
