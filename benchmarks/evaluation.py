@@ -25,7 +25,8 @@ import torch
 from transformers import SamModel
 
 import carsam.predict.predictor
-from carsam.data.coco.instances import CocoInstances, clean_boxes
+from carsam.data.boxes import clip_boxes
+from carsam.data.coco.instances import CocoInstances
 from carsam.evaluate import coco_metrics
 from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.evaluate.journal import Journals
@@ -94,7 +95,8 @@ def prediction(model: SamModel) -> None:
         started = time.perf_counter()
         for image in instances.images:
             predictor.set_image(instances.read_image(image, EVALUATION / "images"))
-            for box in clean_boxes(instances.boxes(image.id), image.size)[0]:
+            boxes, usable = clip_boxes(instances.boxes(image.id), image.size)
+            for box in boxes[usable]:
                 predictor.predict(box=box, multimask_output=False)
                 prompts += 1
         seconds = time.perf_counter() - started

@@ -91,7 +91,7 @@ def diagnose(
 
 def summarise(diagnosis: Diagnosis, output: Output) -> None:
     """Prints the essence of a diagnosis."""
-    from carsam.prompts.samples import FLOAT_MASKS
+    from carsam.prompts.diagnosis import FLOAT_MASKS
 
     title = f"{diagnosis.quantized}: {diagnosis.method} at {diagnosis.bits}"
     output.line(

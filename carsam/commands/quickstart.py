@@ -268,7 +268,8 @@ def draw_overlays(
     Raises:
         CarsamError: The folder cannot be written.
     """
-    from carsam.data.coco.instances import CocoInstances, clean_boxes
+    from carsam.data.boxes import clip_boxes
+    from carsam.data.coco.instances import CocoInstances
     from carsam.evaluate.overlay import comparison
     from carsam.evaluate.points import mask_iou
 
@@ -278,7 +279,8 @@ def draw_overlays(
     for image in images:
         pixels = instances.read_image(image, sample.evaluation / "images")
         truth = instances.masks(image.id)
-        boxes, dropped = clean_boxes(instances.boxes(image.id), image.size)
+        boxes, usable = clip_boxes(instances.boxes(image.id), image.size)
+        boxes, dropped = boxes[usable], not usable.all()
         if not len(boxes):
             continue
         panels = []

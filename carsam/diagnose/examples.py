@@ -15,7 +15,7 @@ from carsam.diagnose.passes import Outcome
 from carsam.diagnose.pictures import SUFFIX, heat_picture, mask_picture, zoom_picture, zoom_region
 from carsam.diagnose.results import Example, HeatMap, PromptScore, Zoom
 from carsam.evaluate.points import mask_iou
-from carsam.prompts.samples import Sample
+from carsam.prompts.image import PromptedImage
 
 WORST, MEDIAN = "worst", "median"
 # An object with a smaller share of the image is hard to see on all of it.
@@ -28,7 +28,7 @@ Pictures = dict[str, Image.Image]
 class Scored:
     """An image with its results and scores."""
 
-    sample: Sample
+    sample: PromptedImage
     outcome: Outcome
     prompts: tuple[PromptScore, ...]
 
@@ -49,7 +49,7 @@ def masks_at_size(low_res: Tensor, geometry: Geometry, image_size: int) -> list[
     return [(geometry.masks_to_original(logits, image_size) > 0).numpy() for logits in low_res]
 
 
-def score(sample: Sample, outcome: Outcome, image_size: int) -> Scored:
+def score(sample: PromptedImage, outcome: Outcome, image_size: int) -> Scored:
     """Scores one image against the ground truth, or against the float model's masks where there is none.
 
     Args:
@@ -58,7 +58,7 @@ def score(sample: Sample, outcome: Outcome, image_size: int) -> Scored:
         image_size: Side of the input frame in pixels.
     """
     prompts = []
-    for index, box in enumerate(sample.boxes):
+    for index, box in enumerate(sample.image_boxes):
         floating, quantized = (
             masks_at_size(logits[index : index + 1], sample.geometry, image_size)[0] for logits in outcome.logits
         )
@@ -100,11 +100,11 @@ def _example(role: str, each: Scored, pixels: np.ndarray, image_size: int, pictu
         for title, logits in zip(("float", "quantized"), each.outcome.logits)
     }
     if sample.truth is not None:
-        masks["truth"] = [sample.true_mask(index) for index in range(len(sample.boxes))]
+        masks["truth"] = [sample.true_mask(index) for index in range(len(sample.image_boxes))]
     names: dict[str, str] = {}
     for title, stack in masks.items():
         names[title] = f"examples/{role}-{title}{SUFFIX}"
-        pictures[names[title]] = mask_picture(pixels, stack, sample.boxes)
+        pictures[names[title]] = mask_picture(pixels, stack, sample.image_boxes)
     zooms = _zooms(role, each, masks, pixels, pictures)
     return Example(
         role, sample.name, names["float"], names["quantized"], names.get("truth"), *each.means, each.prompts, zooms
@@ -120,7 +120,7 @@ def _zooms(
     small.sort(key=lambda index: -abs(each.prompts[index].iou_float - each.prompts[index].iou_quantized))
     zooms = []
     for index in sorted(small[:MAX_ZOOMS]):
-        box = each.sample.boxes[index]
+        box = each.sample.image_boxes[index]
         region = zoom_region(box, pixels.shape[:2])
         names: dict[str, str] = {}
         for title, stack in masks.items():
@@ -140,7 +140,7 @@ def _heat_map(
     pictures: Pictures,
 ) -> HeatMap:
     floating, quantized = rows
-    sample, box = each.sample, tuple(map(float, each.sample.boxes[0]))
+    sample, box = each.sample, tuple(map(float, each.sample.image_boxes[0]))
     short = attention.partition(".transformer.")[2] or attention
     names = []
     peak = floating.mean(0).max().item()  # also the quantized map's scale: what is lost must look lost

@@ -19,7 +19,7 @@ from carsam.diagnose.pair import Pair
 from carsam.diagnose.results import Moment, Neighbour, Oscillation
 from carsam.models.sites import Sites, replace_module
 from carsam.prompts.calibration import CalibrationImage
-from carsam.prompts.samples import PROMPTS_PER_BATCH
+from carsam.prompts.image import PROMPTS_PER_BATCH
 from carsam.quantizers import simulate
 from carsam.reconstruct.units import Unit
 

@@ -13,7 +13,7 @@ from carsam.diagnose.pair import Pair
 from carsam.diagnose.results import AttentionResult, SiteValues
 from carsam.diagnose.site_values import ValueRecorder
 from carsam.models.forward import encode_image, predict_logits
-from carsam.prompts.samples import PROMPTS_PER_BATCH, Sample
+from carsam.prompts.image import PROMPTS_PER_BATCH, PromptedImage
 
 # The decoder's tokens are the IoU token, then the mask tokens; without multimask output the first of those is used.
 MASK_TOKEN = 1
@@ -51,7 +51,7 @@ class Passes:
 
 @torch.no_grad()
 def run_passes(
-    pair: Pair, samples: tuple[Sample, ...], progress: Callable[[int, int], None] = lambda *_: None
+    pair: Pair, samples: tuple[PromptedImage, ...], progress: Callable[[int, int], None] = lambda *_: None
 ) -> Passes:
     """Runs both models, each on its own activations, stage by stage: only one attention's maps are held at a time.
 
@@ -75,7 +75,7 @@ def run_passes(
     return Passes(tuple(outcomes), embeddings, meter.results(recorders[0].queries), values.results())
 
 
-def _encode(pair: Pair, sample: Sample, meter: DissipationMeter, recorders: list[MapRecorder]) -> list[Tensor]:
+def _encode(pair: Pair, sample: PromptedImage, meter: DissipationMeter, recorders: list[MapRecorder]) -> list[Tensor]:
     family = pair.sites.family
     encoder, _ = family.parts(pair.sites)
     streams = [encoder.enter(model, {}, sample) for model in pair.models]
@@ -89,12 +89,12 @@ def _encode(pair: Pair, sample: Sample, meter: DissipationMeter, recorders: list
 
 
 def _decode(
-    pair: Pair, sample: Sample, embeddings: list[Tensor], meter: DissipationMeter, recorders: list[MapRecorder]
+    pair: Pair, sample: PromptedImage, embeddings: list[Tensor], meter: DissipationMeter, recorders: list[MapRecorder]
 ) -> Outcome:
     names = pair.sites.focus
     logits: tuple[list[Tensor], list[Tensor]] = ([], [])
     focus: dict[str, tuple[Tensor, Tensor]] = {}
-    for boxes in sample.input_boxes.split(PROMPTS_PER_BATCH):
+    for boxes in sample.boxes.split(PROMPTS_PER_BATCH):
         for kept, model, embedding in zip(logits, pair.models, embeddings):
             kept.append(predict_logits(model, embedding, boxes=boxes)[0][:, 0].cpu())
         maps = _compare(meter, recorders, None)
@@ -113,7 +113,7 @@ def _compare(
     return {name: (probs, quantized[name]) for name, probs in floating.items()}
 
 
-def encode_images(model: nn.Module, pair: Pair, samples: tuple[Sample, ...]) -> list[Tensor]:
+def encode_images(model: nn.Module, pair: Pair, samples: tuple[PromptedImage, ...]) -> list[Tensor]:
     """Image embeddings (1, C, h, w) of a model, on the CPU."""
     with torch.no_grad():
         return [encode_image(model, sample.pixel_values).cpu() for sample in samples]

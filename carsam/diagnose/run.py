@@ -22,7 +22,8 @@ from carsam.diagnose.sensitivity import MAX_IMAGES, sensitivity
 from carsam.diagnose.site_values import weight_results
 from carsam.errors import CheckpointError
 from carsam.pack.source import packed_folder
-from carsam.prompts.samples import FLOAT_MASKS, GROUND_TRUTH, calibration_data, read_samples
+from carsam.prompts.calibration import CalibrationSet
+from carsam.prompts.diagnosis import FLOAT_MASKS, GROUND_TRUTH, diagnosis_images
 from carsam.quantizers import simulate
 
 Progress = Callable[[str, str, int, int], None]
@@ -80,11 +81,11 @@ def diagnose(
     check_target(target)
     image_size = pair.sites.family.image_size(pair.source)
 
-    samples = read_samples(pair.source, images, coco=coco, limit=limit, prompts=prompts)
+    samples = diagnosis_images(pair.source, images, coco=coco, limit=limit, prompts=prompts)
     passes = run_passes(pair, samples, report("comparing both models", "image"))
     scored = [score(sample, outcome, image_size) for sample, outcome in zip(samples, passes.outcomes)]
 
-    base, rounded = round_to_nearest(pair, calibration_data(samples), report("rounding to nearest", "image"))
+    base, rounded = round_to_nearest(pair, CalibrationSet.of(samples), report("rounding to nearest", "image"))
     sensitivities = ()
     if with_sensitivity:
         sensitivities = sensitivity(
@@ -93,7 +94,7 @@ def diagnose(
     # Last: it puts parts of the packed model into the rounded one.
     with simulate(weights=True, activations=True):
         nearest = encode_images(rounded, pair, samples)
-    boxes = [sample.input_boxes for sample in samples]
+    boxes = [sample.boxes for sample in samples]
     course = oscillation(pair, rounded, boxes, (*passes.embeddings, nearest), report("walking the decoder", "moment"))
 
     examples, heat_maps, pictures = draw(choose(scored), image_size)

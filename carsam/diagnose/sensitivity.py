@@ -15,7 +15,7 @@ from carsam.evaluate.points import mask_iou
 from carsam.models.family import Stage, Tensors, family_of
 from carsam.models.forward import predict_logits
 from carsam.models.sites import OPERANDS, Sites
-from carsam.prompts.samples import PROMPTS_PER_BATCH, Sample
+from carsam.prompts.image import PROMPTS_PER_BATCH, PromptedImage
 from carsam.quantizers import QuantizedLayer, simulate
 
 # Images that sensitivity is measured on: every one costs a pass for every site.
@@ -81,7 +81,7 @@ def sensitivity(
     base: nn.Module,
     rounded: nn.Module,
     sites: Sites,
-    samples: tuple[Sample, ...],
+    samples: tuple[PromptedImage, ...],
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[SiteSensitivity, ...]:
     """Rounds every site alone and measures the masks.
@@ -131,9 +131,9 @@ def sensitivity(
     return tuple(results)
 
 
-def _logits(model: nn.Module, embedding: Tensor, sample: Sample) -> Tensor:
+def _logits(model: nn.Module, embedding: Tensor, sample: PromptedImage) -> Tensor:
     """Low-resolution mask logits (P, h, w) over the image, without its padding."""
-    batches = sample.input_boxes.split(PROMPTS_PER_BATCH)
+    batches = sample.boxes.split(PROMPTS_PER_BATCH)
     low_res = torch.cat([predict_logits(model, embedding, boxes=boxes)[0][:, 0] for boxes in batches])
     side = family_of(model).image_size(model)
     height, width = (max(1, round(size / side * low_res.shape[-1])) for size in sample.geometry.input_size)

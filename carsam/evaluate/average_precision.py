@@ -17,32 +17,14 @@ import numpy as np
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 
-Rle = dict[str, Any]
+from carsam.data.coco.annotations import Rle
+from carsam.data.coco.ground_truth import TrueObject
+
 OFFICIAL_CAP = 100
 KINDS = ("segm", "box")
 # Positions in pycocotools' precision: IoU thresholds 0.50, 0.75; area ranges all, small, medium, large.
 _AT_50, _AT_75 = 0, 5
 _AREAS = {"": 0, "_small": 1, "_medium": 2, "_large": 3}
-
-
-@dataclass(frozen=True, slots=True)
-class TrueObject:
-    """An object of the ground truth.
-
-    Attributes:
-        image, category: Positions, from 0. They need not be the ids of a file.
-        mask: Compressed RLE.
-        box: XYWH in pixels.
-        area: Of the mask, in pixels.
-        crowd: Whether it is a group, which is neither found nor missed.
-    """
-
-    image: int
-    category: int
-    mask: Rle
-    box: tuple[float, float, float, float]
-    area: float
-    crowd: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,18 @@ from pycocotools import mask as mask_utils
 from torch import Tensor
 from transformers import SamModel
 
-from carsam.data.images.transforms import Geometry, Preprocessor
+from carsam.data.coco.annotations import Rle
+from carsam.data.coco.ground_truth import GroundTruth
+from carsam.data.images.transforms import Preprocessor
 from carsam.device import resolve_device
 from carsam.errors import CheckpointError, ConfigError, DataError, DeviceError
-from carsam.evaluate.average_precision import OFFICIAL_CAP, Precision, Prediction, Rle, average_precision
-from carsam.evaluate.ground_truth import GroundTruth
+from carsam.evaluate.average_precision import OFFICIAL_CAP, Precision, Prediction, average_precision
 from carsam.evaluate.intervals import mean_interval
 from carsam.evaluate.journal import Journal, Journals, evaluation_parts
 from carsam.evaluate.scores import CocoResult, ImageScore, few_objects_note, score_text
 from carsam.predict.predictor import encode_image, predict_logits
-from carsam.prompts.evaluation import Prompt, box_prompts
+from carsam.prompts.evaluation import box_prompts, evaluation_image
+from carsam.prompts.image import PROMPTS_PER_BATCH, PromptedImage
 
 Progress = Callable[[int, int], None]
 
@@ -34,7 +36,7 @@ def evaluate_coco(
     detections: str | Path | None = None,
     device: str | torch.device | None = None,
     limit: int | None = None,
-    prompts_per_batch: int = 16,
+    prompts_per_batch: int = PROMPTS_PER_BATCH,
     progress: Progress | None = None,
     journals: Journals | None = None,
 ) -> CocoResult:
@@ -66,7 +68,11 @@ def evaluate_coco(
         raise ConfigError(f"prompts_per_batch must be at least 1, not {prompts_per_batch}.")
     truth = GroundTruth.from_file(coco_file, image_folder, limit)
     prompts = box_prompts(truth, detections)
-    predict = _BoxMasks(model, Preprocessor.for_model(model), truth, prompts_per_batch)
+    preprocess = Preprocessor.for_model(model)
+
+    def predict(index: int) -> list[tuple[Rle, float]]:
+        image = evaluation_image(truth, index, prompts[index], preprocess)
+        return box_masks(model, image, preprocess.image_size, prompts_per_batch)
 
     predictions: list[Prediction] = []
     scores: list[ImageScore] = []
@@ -75,12 +81,11 @@ def evaluate_coco(
         if journals is not None:
             files = {"annotation file": coco_file, "detections": detections}
             settings = {"limit": limit, "prompts_per_batch": prompts_per_batch}
-            preprocessing = str(predict.preprocess)
-            parts = evaluation_parts(model, "boxes", files, preprocessing=preprocessing, **settings)
+            parts = evaluation_parts(model, "boxes", files, preprocessing=str(preprocess), **settings)
             journal = journals.open(parts, len(truth.images))
         for index, image in enumerate(truth.images):
             with naming_what_is_kept(journal):
-                masks = _kept_or_predicted(journal, truth, index, prompts[index], predict)
+                masks = _kept_or_predicted(journal, truth, index, predict) if prompts[index] else []
             ious = []
             for prompt, (mask, score) in zip(prompts[index], masks):
                 targets = [prompt.target] if prompt.target else _masks_of(truth, index, prompt.category)
@@ -170,6 +175,31 @@ def require_finite(name: str, *outputs: Tensor) -> None:
         )
 
 
+def box_masks(
+    model: SamModel, image: PromptedImage, image_size: int, prompts_per_batch: int
+) -> list[tuple[Rle, float]]:
+    """One mask and its predicted IoU for each box of an image.
+
+    Args:
+        model: Float or quantized.
+        image: With its boxes and geometry.
+        image_size: Side of the input frame in pixels.
+        prompts_per_batch: Boxes decoded at once.
+
+    Raises:
+        CheckpointError: The model gives values that are not finite.
+    """
+    embeddings = encode_image(model, image.pixel_values)
+    masks = []
+    for boxes in image.boxes.split(prompts_per_batch):
+        low_res, iou = predict_logits(model, embeddings, boxes=boxes)
+        require_finite(image.name, low_res, iou)
+        # One mask at a time: a batch of logits at the size of a photograph would not fit in memory.
+        for logits, score in zip(low_res[:, 0], iou[:, 0]):
+            masks.append((mask_to_rle(image.geometry.masks_to_original(logits, image_size) > 0), float(score)))
+    return masks
+
+
 def mask_to_rle(mask: Tensor) -> Rle:
     """A mask ``(H, W)`` as compressed RLE."""
     rle = mask_utils.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
@@ -186,39 +216,14 @@ def _masks_of(truth: GroundTruth, index: int, category: int) -> list[Rle]:
 
 
 def _kept_or_predicted(
-    journal: Journal | None, truth: GroundTruth, index: int, prompts: list[Prompt], predict: Callable
+    journal: Journal | None, truth: GroundTruth, index: int, predict: Callable[[int], list[tuple[Rle, float]]]
 ) -> list[tuple[Rle, float]]:
     """Mask and predicted IoU of each of an image's prompts, from the journal where it has them."""
-    if not prompts:
-        return []
     path, size = truth.image_path(index), list(truth.images[index].size)
     kept = journal.get(index, path) if journal is not None else None
     if kept is not None:
         return [({"size": size, "counts": counts.encode("ascii")}, score) for counts, score in kept]
-    masks = predict(index, prompts)
+    masks = predict(index)
     if journal is not None:
         journal.add(index, path, [[mask["counts"].decode("ascii"), score] for mask, score in masks])
     return masks
-
-
-class _BoxMasks:
-    """Predicts one mask a box."""
-
-    def __init__(self, model: SamModel, preprocess: Preprocessor, truth: GroundTruth, prompts_per_batch: int):
-        self.model, self.preprocess, self.truth, self.prompts_per_batch = model, preprocess, truth, prompts_per_batch
-
-    def __call__(self, index: int, prompts: list[Prompt]) -> list[tuple[Rle, float]]:
-        """Mask and predicted IoU of each prompt."""
-        pixel_values, geometry = self.preprocess(self.truth.read_image(index))
-        embeddings = encode_image(self.model, pixel_values)
-        boxes = torch.from_numpy(geometry.boxes_to_input(np.array([prompt.box for prompt in prompts]))).float()
-        masks = []
-        for batch in boxes.split(self.prompts_per_batch):
-            low_res, iou = predict_logits(self.model, embeddings, boxes=batch)
-            require_finite(self.truth.images[index].file_name, low_res, iou)
-            masks += [(self._to_rle(m, geometry), float(i)) for m, i in zip(low_res[:, 0], iou[:, 0])]
-        return masks
-
-    def _to_rle(self, low_res: Tensor, geometry: Geometry) -> Rle:
-        # One mask at a time: a batch of logits at the size of a photograph would not fit in memory.
-        return mask_to_rle(geometry.masks_to_original(low_res, self.preprocess.image_size) > 0)

@@ -13,10 +13,10 @@ from scipy import ndimage
 from torch import Tensor
 from transformers import SamModel
 
+from carsam.data.coco.ground_truth import GroundTruth
 from carsam.data.images.transforms import Geometry, Preprocessor
 from carsam.errors import ConfigError, DataError
 from carsam.evaluate.coco_metrics import Progress, evaluating, naming_what_is_kept, require_finite
-from carsam.evaluate.ground_truth import GroundTruth
 from carsam.evaluate.intervals import interval_of_means
 from carsam.evaluate.journal import Journals, evaluation_parts
 from carsam.output.files import write_json

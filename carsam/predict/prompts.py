@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from carsam.data.boxes import clip_boxes
 from carsam.data.coco.annotations import CocoAnnotation, CocoImage, Id
 from carsam.data.coco.box_form import BoxSample, check_boxes
 from carsam.data.coco.checks import oriented
@@ -22,7 +23,6 @@ from carsam.data.images.folder import name_parts
 from carsam.data.notes import Notes
 from carsam.errors import DataError
 from carsam.predict.inputs import Photo, shown
-from carsam.prompts.boxes import clip_boxes
 
 logger = logging.getLogger(__name__)
 

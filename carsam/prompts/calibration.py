@@ -5,55 +5,31 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import SamModel
 
+from carsam.data.coco.annotations import CocoImage
 from carsam.data.coco.checks import check_calibration_boxes, log_respelled, oriented
-from carsam.data.coco.instances import CocoImage, CocoInstances, clean_boxes
+from carsam.data.coco.instances import CocoInstances
 from carsam.data.images.file import read_header
 from carsam.data.images.folder import ImageFolder, locate
 from carsam.data.images.reading import SkippedImage, list_images, log_skipped, read_image, require_images
 from carsam.data.images.transforms import Geometry, Preprocessor
 from carsam.data.notes import Notes
 from carsam.errors import ConfigError, DataError
+from carsam.prompts.image import MIN_BOX_AREA, PromptedImage, object_boxes
 from carsam.prompts.proposals import grid_boxes, propose_boxes
-
-# Smaller objects are noise at SAM's resolution of one mask cell for 4 × 4 input pixels.
-MIN_BOX_AREA = 100.0
-# Boxes of an image whose size the file leaves out are clipped when its header is read.
-UNKNOWN_SIZE = (10**9, 10**9)
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CalibrationImage:
-    """One image with its prompts.
-
-    Attributes:
-        name: File name.
-        pixel_values: ``(1, 3, S, S)`` float32, preprocessed, on the CPU.
-        boxes: ``(P, 4)`` float32 XYXY in pixels of the input frame, P ≥ 1.
-    """
-
-    name: str
-    pixel_values: Tensor
-    boxes: Tensor
-
-    def inputs(self, device: torch.device) -> dict[str, Any]:
-        """Arguments of ``SamModel`` for a pass with all boxes as prompts and one mask each."""
-        return {
-            "pixel_values": self.pixel_values.to(device),
-            "input_boxes": self.boxes[None].to(device),
-            "multimask_output": False,
-        }
+CalibrationImage = PromptedImage  # its public name
 
 
 @dataclass(frozen=True)
@@ -69,6 +45,11 @@ class CalibrationSet:
     images: tuple[CalibrationImage, ...]
     skipped: int
     fingerprint: str
+
+    @classmethod
+    def of(cls, images: Sequence[CalibrationImage], skipped: int = 0) -> CalibrationSet:
+        """A set of these images, with their fingerprint."""
+        return cls(tuple(images), skipped, _fingerprint(images))
 
 
 def calibration_set(
@@ -123,14 +104,13 @@ def calibration_set(
         if len(chosen) == n_images:
             break
         try:
-            pixels, source = candidate.read(notes)
+            pixels, prompt = candidate.read(notes)
         except DataError as error:
             skipped.append(SkippedImage(candidate.path, str(error)))
             continue
         pixel_values, geometry = preprocess(pixels)
         rng = random.Random(f"{seed}/{candidate.path.name}")
-        boxes = source(pixel_values, geometry, boxes_per_image, rng)
-        chosen.append(CalibrationImage(candidate.path.name, pixel_values, boxes))
+        chosen.append(prompt(candidate.path.name, pixel_values, geometry, boxes_per_image, rng))
         if progress is not None:
             progress(len(chosen), min(n_images, len(candidates)))
 
@@ -139,35 +119,33 @@ def calibration_set(
     require_images(len(chosen), minimum, skipped, where=str(images))
     if len(chosen) < n_images:
         logger.warning("%d calibration images instead of %d: there are no more usable ones.", len(chosen), n_images)
-    return CalibrationSet(tuple(chosen), len(skipped), _fingerprint(chosen))
+    return CalibrationSet.of(chosen, len(skipped))
 
 
-# Boxes of an image: from (pixel_values, geometry, count, rng) to (P, 4) float32 in the input frame.
-BoxSource = Callable[[Tensor, Geometry, int, random.Random], Tensor]
+# Gives an image its prompts: from (name, pixel_values, geometry, count, rng).
+Prompter = Callable[[str, Tensor, Geometry, int, random.Random], PromptedImage]
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """An image that may be chosen: ``read`` gives its pixels ``(H, W, 3)`` and where its boxes come from."""
+    """An image that may be chosen: ``read`` gives its pixels ``(H, W, 3)`` and what finds its prompts."""
 
     path: Path
-    read: Callable[[Notes], tuple[np.ndarray, BoxSource]]
+    read: Callable[[Notes], tuple[np.ndarray, Prompter]]
 
 
 def _folder_candidates(model: SamModel, folder: str | Path, box_source: str) -> list[_Candidate]:
-    def auto(pixel_values: Tensor, geometry: Geometry, count: int, rng: random.Random) -> Tensor:
-        found = propose_boxes(model, pixel_values, geometry.input_size, count)
-        return torch.cat([found, grid_boxes(geometry.input_size, count - len(found))])
+    def prompt(name: str, pixel_values: Tensor, geometry: Geometry, count: int, rng: random.Random) -> PromptedImage:
+        size = geometry.input_size
+        found = propose_boxes(model, pixel_values, size, count) if box_source == "auto" else torch.zeros(0, 4)
+        boxes = torch.cat([found, grid_boxes(size, count - len(found))])
+        return PromptedImage.with_input_boxes(name, pixel_values, geometry, boxes)
 
-    def grid(pixel_values: Tensor, geometry: Geometry, count: int, rng: random.Random) -> Tensor:
-        return grid_boxes(geometry.input_size, count)
-
-    source = auto if box_source == "auto" else grid
-    return [_unannotated(path, source) for path in list_images(folder)]
+    return [_unannotated(path, prompt) for path in list_images(folder)]
 
 
-def _unannotated(path: Path, source: BoxSource) -> _Candidate:
-    return _Candidate(path, lambda notes: (read_image(path, notes=notes), source))
+def _unannotated(path: Path, prompt: Prompter) -> _Candidate:
+    return _Candidate(path, lambda notes: (read_image(path, notes=notes), prompt))
 
 
 def _coco_candidates(coco: str | Path, folder: str | Path) -> list[_Candidate]:
@@ -194,14 +172,13 @@ def _with_boxes(instances: CocoInstances, folder: ImageFolder) -> Iterator[CocoI
 
 
 def _usable_boxes(instances: CocoInstances, image: CocoImage) -> np.ndarray:
-    """Different boxes ``(N, 4)`` XYXY of an image, clipped to it where its size is known, of a usable area."""
-    boxes, _ = clean_boxes(instances.boxes(image.id), image.size if image.height is not None else UNKNOWN_SIZE)
-    boxes = np.unique(boxes, axis=0)
-    return boxes[(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) >= MIN_BOX_AREA]
+    """Different usable boxes ``(N, 4)`` XYXY of an image's objects."""
+    boxes, usable = object_boxes(instances, image)
+    return np.unique(boxes[usable], axis=0)
 
 
 def _annotated(instances: CocoInstances, image: CocoImage, folder: ImageFolder) -> _Candidate:
-    def read(notes: Notes) -> tuple[np.ndarray, BoxSource]:
+    def read(notes: Notes) -> tuple[np.ndarray, Prompter]:
         if image.path is None:
             raise DataError(f"there is no image {folder.folder / image.file_name}.")
         header = read_header(image.path)
@@ -211,16 +188,18 @@ def _annotated(instances: CocoInstances, image: CocoImage, folder: ImageFolder) 
         if not len(boxes):
             raise DataError(f"{image.path} has no object with a box of at least {MIN_BOX_AREA:.0f} px² inside it.")
 
-        def choose(pixel_values: Tensor, geometry: Geometry, count: int, rng: random.Random) -> Tensor:
+        def prompt(
+            name: str, pixel_values: Tensor, geometry: Geometry, count: int, rng: random.Random
+        ) -> PromptedImage:
             chosen = sorted(rng.sample(range(len(boxes)), min(count, len(boxes))))
-            return torch.from_numpy(geometry.boxes_to_input(boxes[chosen])).float()
+            return PromptedImage.with_image_boxes(name, pixel_values, geometry, boxes[chosen])
 
-        return pixels, choose
+        return pixels, prompt
 
     return _Candidate(image.path or folder.folder / image.file_name, read)
 
 
-def _fingerprint(images: list[CalibrationImage]) -> str:
+def _fingerprint(images: Sequence[CalibrationImage]) -> str:
     digest = hashlib.sha256()
     for image in images:
         for tensor in (image.pixel_values, image.boxes):

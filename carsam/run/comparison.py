@@ -24,9 +24,9 @@ from typing import Any
 from transformers import SamModel
 
 from carsam.config import CalibrationConfig, QuantizeConfig
+from carsam.data.coco.ground_truth import GroundTruth
 from carsam.errors import CarsamError, ConfigError
 from carsam.evaluate.coco_metrics import evaluate_coco
-from carsam.evaluate.ground_truth import GroundTruth
 from carsam.evaluate.intervals import averaged, difference_interval
 from carsam.evaluate.scores import few_objects_note
 from carsam.methods.base import create

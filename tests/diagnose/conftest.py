@@ -6,7 +6,8 @@ import pytest
 
 from carsam.diagnose.pair import Pair, open_pair
 from carsam.diagnose.passes import Passes, run_passes
-from carsam.prompts.samples import Sample, read_samples
+from carsam.prompts.diagnosis import diagnosis_images
+from carsam.prompts.image import PromptedImage
 
 
 @pytest.fixture(scope="session")
@@ -16,10 +17,10 @@ def pair(nano_folder, packed_folder) -> Pair:
 
 
 @pytest.fixture(scope="session")
-def samples(nano, evaluation_folder) -> tuple[Sample, ...]:
+def samples(nano, evaluation_folder) -> tuple[PromptedImage, ...]:
     """Two evaluation images with two boxes each, and their masks."""
     images, coco = evaluation_folder / "images", evaluation_folder / "instances.json"
-    return read_samples(nano, images, coco=coco, limit=2, prompts=2)
+    return diagnosis_images(nano, images, coco=coco, limit=2, prompts=2)
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def test_decoder_maps(pair, samples, nano):
     with torch.no_grad():
         embedding = nano.get_image_embeddings(sample.pixel_values)
         with recorder.recording():
-            logits, _ = predict_logits(pair.reference, embedding, boxes=sample.input_boxes)
+            logits, _ = predict_logits(pair.reference, embedding, boxes=sample.boxes)
     maps = recorder.take()
     block = "mask_decoder.transformer.layers"
     tokens = 1 + 4 + 2  # IoU, masks, corners of the box
@@ -73,7 +73,7 @@ def test_decoder_maps(pair, samples, nano):
     assert maps[pair.sites.focus[-1]].shape == (2, 8, tokens, 256)
     assert recorder.take() == {}
     # The float form computes what the float model does.
-    expected, _ = predict_logits(nano, embedding, boxes=sample.input_boxes)
+    expected, _ = predict_logits(nano, embedding, boxes=sample.boxes)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 

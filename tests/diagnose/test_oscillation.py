@@ -13,7 +13,7 @@ from carsam.diagnose.oscillation import (
 )
 from carsam.diagnose.pair import round_to_nearest
 from carsam.diagnose.passes import encode_images
-from carsam.prompts.samples import calibration_data
+from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.reconstruct.layerwise import single_layer
 from carsam.reconstruct.units import decoder_units, encoder_units
@@ -23,10 +23,10 @@ DECODER = "mask_decoder.transformer"
 
 @pytest.fixture(scope="module")
 def course(pair, samples, passes):
-    _, rounded = round_to_nearest(pair, calibration_data(samples))
+    _, rounded = round_to_nearest(pair, CalibrationSet.of(samples))
     with simulate(weights=True, activations=True):
         nearest = encode_images(rounded, pair, samples)
-    boxes = [sample.input_boxes for sample in samples]
+    boxes = [sample.boxes for sample in samples]
     seen = []
     found = oscillation(pair, rounded, boxes, (*passes.embeddings, nearest), lambda *done: seen.append(done))
     assert seen[-1][0] == seen[-1][1] == len(found.moments) + 1
@@ -81,14 +81,14 @@ def test_neighbours_are_read_from_the_moments(course):
 
 
 def test_float_against_itself_is_exact(pair, samples, passes):
-    meter = StageErrors(pair, [sample.input_boxes for sample in samples], passes.embeddings[0])
+    meter = StageErrors(pair, [sample.boxes for sample in samples], passes.embeddings[0])
     # The targets lie in half precision.
     assert max(meter.measure(pair.reference, passes.embeddings[0])) < 1e-6
 
 
 def test_stage_outputs_are_the_norms(pair, samples, passes):
     with moment_outputs(pair.packed, pair.sites) as outputs, torch.no_grad():
-        pair.packed(pixel_values=samples[0].pixel_values, input_boxes=samples[0].input_boxes[None])
+        pair.packed(pixel_values=samples[0].pixel_values, input_boxes=samples[0].boxes[None])
     assert [f"{DECODER}.{name}" for name in outputs] == [moment.name for moment in pair.sites.moments]
     assert outputs["layers.0.cross_attn_image_to_token"].shape == (2, 1, 256, 256)
     assert outputs["layers.0.mlp"].shape == (1, 2, 7, 256)
@@ -121,7 +121,7 @@ def test_an_attention_is_never_cut(pair):
 
 
 def test_rounded_model_has_the_packed_models_bits(pair, samples):
-    base, rounded = round_to_nearest(pair, calibration_data(samples[:1]))
+    base, rounded = round_to_nearest(pair, CalibrationSet.of(samples[:1]))
     assert base is pair.reference  # CAR-SAM changes nothing before rounding
     for site in pair.sites.layers:
         layer = rounded.get_submodule(site.name)

@@ -9,14 +9,14 @@ from carsam.diagnose.measures import RelativeError
 from carsam.diagnose.pair import round_to_nearest
 from carsam.diagnose.sensitivity import parts_by_stage, sensitivity, swapped
 from carsam.predict.predictor import predict_logits
-from carsam.prompts.samples import calibration_data
+from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import simulate
 
 
 @pytest.fixture(scope="module")
 def models(pair, samples):
     """The float form and its nearest rounding."""
-    return round_to_nearest(pair, calibration_data(samples[:1]))
+    return round_to_nearest(pair, CalibrationSet.of(samples[:1]))
 
 
 def test_every_site_once_in_execution_order(models, pair):
@@ -59,7 +59,7 @@ def test_sites_alone(models, pair, samples, nano, monkeypatch):
 
     def logits(model):
         embedding = model.get_image_embeddings(sample.pixel_values)
-        return predict_logits(model, embedding, boxes=sample.input_boxes)[0][:, 0, : height + 1, :width]
+        return predict_logits(model, embedding, boxes=sample.boxes)[0][:, 0, : height + 1, :width]
 
     with torch.no_grad():
         target = logits(nano)

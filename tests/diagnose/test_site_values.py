@@ -45,7 +45,7 @@ def test_ends_and_clipping_are_exact(passes, pair, samples):
     for sample, embedding in zip(samples, passes.embeddings[1]):
 
         def run(embedding=embedding, sample=sample):
-            predict_logits(pair.packed, embedding, boxes=sample.input_boxes)
+            predict_logits(pair.packed, embedding, boxes=sample.boxes)
 
         values.append(capture_call(layer, run)[0][0].flatten())
     values = torch.cat(values)

@@ -10,7 +10,8 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from carsam.evaluate.average_precision import Prediction, TrueObject, average_precision
+from carsam.data.coco.ground_truth import TrueObject
+from carsam.evaluate.average_precision import Prediction, average_precision
 
 SIDE = 240
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")

@@ -150,7 +150,7 @@ def test_what_differs_is_named(fresh_nano, nano, data, tmp_path, encoded):
 
 def test_an_unreadable_image_in_the_middle(nano, data, tmp_path, monkeypatch, encoded):
     whole = evaluate_coco(nano, *data)
-    from carsam.evaluate.ground_truth import GroundTruth
+    from carsam.data.coco.ground_truth import GroundTruth
 
     read = GroundTruth.read_image
 

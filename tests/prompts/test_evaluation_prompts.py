@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from carsam.data.coco.ground_truth import GroundTruth
 from carsam.data.coco.instances import CocoInstances
 from carsam.errors import DataError
-from carsam.evaluate.ground_truth import GroundTruth
 from carsam.prompts.evaluation import box_prompts
 
 EVALUATION = Path(__file__).parents[2] / "embedded" / "images" / "evaluation"

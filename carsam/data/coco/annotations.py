@@ -55,6 +55,11 @@ class CocoImage:
             raise DataError(f"image {self.file_name!r} has no height and width; add them to the annotation file.")
         return self.height, self.width
 
+    @property
+    def known_size(self) -> tuple[int, int] | None:
+        """``(h, w)``; None where it is not known yet."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
 
 @dataclass(frozen=True)
 class CocoCategory:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from carsam.data.boxes import xywh_to_xyxy
 from carsam.errors import DataError
-from carsam.prompts.boxes import xywh_to_xyxy
 
 # A box contradicts its mask if they overlap less, and an edge is farther away than a small object's blur.
 MIN_IOU, MIN_DISTANCE = 0.5, 4.0

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from carsam.data.boxes import clip_boxes, xywh_to_xyxy
 from carsam.data.coco.annotations import CocoAnnotation, CocoImage, Id, counterpart
 from carsam.data.coco.box_form import BoxSample, check_boxes
 from carsam.data.coco.detections import Detection
@@ -19,7 +20,6 @@ from carsam.data.images.file import Header, check_whole, read_header
 from carsam.data.images.folder import ImageFolder, locate
 from carsam.data.notes import Notes
 from carsam.errors import DataError
-from carsam.prompts.boxes import clip_boxes, xywh_to_xyxy
 
 # So many images are decoded once to see whether they are whole; of more, only the ends of the files are looked at.
 MAX_DECODED = 200

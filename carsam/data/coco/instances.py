@@ -1,4 +1,4 @@
-"""COCO instance annotations, checked when read; detection results and boxes under their old names."""
+"""A COCO instances file, checked when read: its images, their annotations, categories, boxes and masks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from carsam.data.boxes import xywh_to_xyxy
 from carsam.data.coco.annotations import (
     CocoAnnotation,
     CocoCategory,
@@ -21,26 +22,11 @@ from carsam.data.coco.annotations import (
     read_categories,
     read_image_entry,
 )
-from carsam.data.coco.detections import Detection, load_detections
 from carsam.data.coco.json_file import read_json
 from carsam.data.coco.masks import to_rle
 from carsam.data.images.reading import read_image
 from carsam.data.notes import Notes
 from carsam.errors import DataError
-from carsam.prompts.boxes import clean_boxes, clip_boxes, xywh_to_xyxy
-
-__all__ = [
-    "CocoAnnotation",
-    "CocoCategory",
-    "CocoImage",
-    "CocoInstances",
-    "Detection",
-    "Rle",
-    "clean_boxes",
-    "clip_boxes",
-    "load_detections",
-    "xywh_to_xyxy",
-]
 
 logger = logging.getLogger(__name__)
 

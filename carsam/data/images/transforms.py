@@ -64,6 +64,11 @@ class Geometry:
         """Boxes ``(..., 4)`` XYXY in pixels of the original image, in pixels of the input frame."""
         return self.points_to_input(boxes.reshape(*boxes.shape[:-1], 2, 2)).reshape(boxes.shape)
 
+    def boxes_to_original(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes ``(..., 4)`` XYXY in pixels of the input frame, in pixels of the original image, float64."""
+        (height, width), (input_height, input_width) = self.original_size, self.input_size
+        return boxes.astype(np.float64) * np.array([width / input_width, height / input_height] * 2)
+
     def masks_to_original(self, low_res: Tensor, image_size: int) -> Tensor:
         """Mask logits of the decoder at the original image's size.
 

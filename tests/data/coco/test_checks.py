@@ -10,7 +10,8 @@ from PIL import Image
 
 from carsam.data.coco import checks
 from carsam.data.coco.checks import check_detections, check_images
-from carsam.data.coco.instances import CocoInstances, Detection
+from carsam.data.coco.detections import Detection
+from carsam.data.coco.instances import CocoInstances
 from carsam.errors import DataError
 
 

@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from carsam.data.coco.instances import CocoInstances, clean_boxes, load_detections
+from carsam.data.coco.detections import load_detections
+from carsam.data.coco.instances import CocoInstances
 from carsam.errors import DataError
 
 SQUARE = [10, 5, 20, 5, 20, 15, 10, 15]
@@ -148,38 +147,6 @@ def test_read_image_follows_the_annotated_orientation(write, tmp_path):
     Image.new("RGB", (31, 40)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="40 × 31"):
         coco.read_image(coco.images[0], tmp_path)
-
-
-def test_clean_boxes_by_hand():
-    boxes = [
-        [1, 1, 5, 5],
-        [-5, -5, 5, 5],  # partly outside
-        [50, 1, 60, 5],  # outside
-        [40, 1, 60, 5],  # touches the right border
-        [5, 5, 5, 9],  # no width
-        [9, 9, 5, 12],  # turned
-        [np.nan, 0, 5, 5],
-        [0, 0, np.inf, 5],
-        [-10, -10, 100, 100],
-    ]
-    kept, dropped = clean_boxes(np.array(boxes), (30, 40))
-    assert kept.tolist() == [[1, 1, 5, 5], [0, 0, 5, 5], [0, 0, 40, 30]]
-    assert dropped == 6
-    assert clean_boxes(np.zeros((0, 4)), (30, 40))[0].shape == (0, 4)
-
-
-numbers = st.floats(-100, 200) | st.sampled_from([0.0, 30.0, 40.0, float("nan"), float("inf")])
-
-
-@given(st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=8))
-def test_clean_boxes_properties(boxes):
-    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    kept, dropped = clean_boxes(boxes, (30, 40))
-    assert len(kept) + dropped == len(boxes)
-    assert ((kept[:, 2:] - kept[:, :2]) > 0).all()
-    assert (kept >= 0).all() and (kept <= [40, 30, 40, 30]).all()
-    again, none = clean_boxes(kept, (30, 40))
-    assert none == 0 and np.array_equal(again, kept)
 
 
 def detection(**changes):

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from carsam.data.coco.checks import check_detections, check_images
-from carsam.data.coco.instances import CocoInstances, load_detections
+from carsam.data.coco.detections import load_detections
+from carsam.data.coco.instances import CocoInstances
 from carsam.errors import DataError
 
 VALUES = (

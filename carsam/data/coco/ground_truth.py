@@ -11,11 +11,30 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from carsam.data.coco.annotations import Id
+from carsam.data.coco.annotations import CocoAnnotation, CocoImage, Id, Rle
 from carsam.data.coco.checks import check_images
-from carsam.data.coco.instances import CocoAnnotation, CocoImage, CocoInstances
+from carsam.data.coco.instances import CocoInstances
 from carsam.errors import DataError
-from carsam.evaluate.average_precision import Rle, TrueObject
+
+
+@dataclass(frozen=True, slots=True)
+class TrueObject:
+    """An object of the ground truth.
+
+    Attributes:
+        image, category: Positions, from 0. They need not be the ids of a file.
+        mask: Compressed RLE.
+        box: XYWH in pixels.
+        area: Of the mask, in pixels.
+        crowd: Whether it is a group, which is neither found nor missed.
+    """
+
+    image: int
+    category: int
+    mask: Rle
+    box: tuple[float, float, float, float]
+    area: float
+    crowd: bool = False
 
 
 @dataclass(frozen=True)
