@@ -18,7 +18,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import carsam
-from carsam.calibrate.cache import CacheSpace
 from carsam.config import QuantizeConfig
 from carsam.methods.base import create
 from carsam.models.family import find_sites
@@ -27,9 +26,9 @@ from carsam.models.sam.random import random_sam
 from carsam.models.sites import replace_module
 from carsam.prompts.calibration import CalibrationImage, CalibrationSet
 from carsam.reconstruct.optimize import optimise
-from carsam.run import walk as walking
+from carsam.run.context import Hooks, RunContext
 from carsam.run.memory import peak_memory
-from carsam.run.store import UnitStore
+from carsam.run.walk import Walk, fit_weights
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "convolution_backward", "thnn_conv2d", "dot")
 
@@ -58,14 +57,13 @@ def share_of_products(profiler: profile) -> tuple[float, float]:
 
 def measure(name: str, model, units: list[str], steps: int, images: int, prompts: int) -> None:
     """Runs the walk up to the last of some units; their loops are profiled, other units get no step."""
-    device = torch.device("cpu")
     method = create("car-sam", {"reconstruction": {"steps": steps, "decoder_steps": steps}})
     sites = find_sites(model)
     quantized = copy.deepcopy(model)
     prepare_model(quantized, sites, QuantizeConfig().bit_plan(), method.quantizer_for, method.softmax_for)
     quantized.requires_grad_(False)
-    walking.fit_weights(quantized, "min-max")  # what is measured is the loop; the search for grids is not part of it
-    data = random_data(model.config.vision_config.image_size, images, prompts)
+    fit_weights(quantized, "min-max")  # what is measured is the loop; the search for grids is not part of it
+    data = random_data(sites.family.image_size(model), images, prompts)
 
     def profiled(model, unit, data, settings, *, steps, **options):
         if unit.name not in units:
@@ -87,22 +85,7 @@ def measure(name: str, model, units: list[str], steps: int, images: int, prompts
         )
         return losses
 
-    walking.optimise = profiled
-    try:
-        walking.Walk(
-            quantized,
-            model,
-            sites,
-            method,
-            data,
-            seed=0,
-            device=device,
-            base_key="benchmark",
-            store=UnitStore(None),
-            space=CacheSpace(),
-        ).run()
-    finally:
-        walking.optimise = optimise
+    Walk(quantized, model, sites, method, data, "benchmark", RunContext(hooks=Hooks(optimise=profiled))).run()
 
 
 def main() -> None:

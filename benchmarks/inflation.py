@@ -15,52 +15,44 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import SamModel
 
 import carsam
-from carsam import pipeline
 from carsam.config import CalibrationConfig, QuantizeConfig
 from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.methods.base import create, registry
 from carsam.models.family import find_sites
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.quantizers.rounding import rectified_sigmoid
+from carsam.reconstruct.units import Unit
+from carsam.run.context import Hooks
 
 # α, and the (base, span) that it rounds between, by layer.
 Rounding = dict[str, tuple[Tensor, tuple[Tensor, Tensor]]]
 
 
-@contextmanager
-def before_packing() -> Iterator[list[tuple[SamModel, Rounding]]]:
-    """What the pipeline has in hand when it packs: the model with integer weights, and the rounding that it learned."""
-    learned: dict[QuantizedLayer, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
-    kept: list[tuple[SamModel, Rounding]] = []
-    freeze, pack = QuantizedLayer.freeze, pipeline.pack
+class BeforePacking(Hooks):
+    """Keeps what a run has in hand when it packs: the model with integer weights, and the rounding that it learned."""
 
-    def remember(layer: QuantizedLayer) -> None:
-        if layer.alpha is not None:
-            learned[layer] = (layer.alpha.detach().clone(), layer._span)
-        freeze(layer)
+    def __init__(self) -> None:
+        super().__init__(learned=self._learned, before_packing=self._packing)
+        self.rounding: Rounding = {}
+        self.model: nn.Module | None = None
 
-    def keep(model: SamModel, *arguments):
-        names = {module: name for name, module in model.named_modules()}
-        kept.append((copy.deepcopy(model), {names[layer]: value for layer, value in learned.items()}))
-        return pack(model, *arguments)
+    def _learned(self, model: nn.Module, unit: Unit) -> None:
+        for path in unit.scope:
+            for name, layer in model.get_submodule(path).named_modules(prefix=path):
+                if isinstance(layer, QuantizedLayer) and layer.alpha is not None:
+                    self.rounding[name] = (layer.alpha.detach().clone(), layer._span)
 
-    QuantizedLayer.freeze, pipeline.pack = remember, keep
-    try:
-        yield kept
-    finally:
-        QuantizedLayer.freeze, pipeline.pack = freeze, pack
+    def _packing(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model)
 
 
-def left_soft(model: SamModel, rounding: Rounding, method: str, settings: dict) -> SamModel:
+def left_soft(model: nn.Module, rounding: Rounding, method: str, settings: dict) -> nn.Module:
     """The model with α still in place in all but the first layer of each unit."""
     model = copy.deepcopy(model)
     names = {module: name for name, module in model.named_modules()}
@@ -100,9 +92,10 @@ def main() -> None:
     config = QuantizeConfig(arguments.method, settings, arguments.bits, calibration=data)
 
     floating = carsam.load_model(arguments.model)
-    with tempfile.TemporaryDirectory() as folder, before_packing() as kept:
-        packed = carsam.quantize(floating, arguments.images, config, out=Path(folder) / "packed").model
-    ((hard, rounding),) = kept
+    kept = BeforePacking()
+    with tempfile.TemporaryDirectory() as folder:
+        packed = carsam.quantize(floating, arguments.images, config, out=Path(folder) / "packed", hooks=kept).model
+    hard, rounding = kept.model, kept.rounding
     if not rounding:
         parser.error(f"{arguments.method} learns no rounding; choose a method with reconstruction.")
     soft = left_soft(hard, rounding, arguments.method, settings)

@@ -14,7 +14,7 @@ import torch
 
 from carsam.calibrate.observers import RangeRecorder
 from carsam.compensate.closed_form import SOLVERS
-from carsam.compensate.mac import MacSettings, compensate_attention
+from carsam.compensate.mac import Coupled, MacSettings, compensate_attention
 from carsam.config import QuantizeConfig
 from carsam.methods.base import create
 from carsam.models.family import find_sites
@@ -39,9 +39,11 @@ def main() -> None:
         model.vision_encoder.layers = model.vision_encoder.layers[:1]
         sites, method = find_sites(model), create("car-sam")
         prepare_model(model, sites, QuantizeConfig().bit_plan(), method.quantizer_for, method.softmax_for)
-        block = sites.two_way_blocks[1]
-        for name, query, key in ((block.token_to_image, tokens, image), (block.image_to_token, image, tokens)):
-            attention = model.get_submodule(name)
+        by_name = {site.name: site for site in sites.attentions}
+        # The coupled pair of the last block: each is the other's neighbour.
+        image_to_token, token_to_image = (by_name[name] for name in sites.neighbours[-2])
+        for site, query, key in ((token_to_image, tokens, image), (image_to_token, image, tokens)):
+            attention = model.get_submodule(site.name)
             fit_weights(attention, "mse")
 
             def run(index: int, attention=attention, query=query, key=key):
@@ -54,10 +56,10 @@ def main() -> None:
             recorder.apply("mse")
             runs = [lambda index=index, run=run: run(index) for index in range(IMAGES)]
             started = time.perf_counter()
-            compensate_attention(attention, name, runs, MacSettings(value=True, solver=solver))
+            compensate_attention(Coupled.of(model, site), runs, MacSettings(value=True, solver=solver))
             seconds = time.perf_counter() - started
             print(
-                f"| {name.rpartition('.')[2]} | {solver} | {seconds:.1f} | {peak_memory() / 2**30:.1f} GiB |",
+                f"| {site.name.rpartition('.')[2]} | {solver} | {seconds:.1f} | {peak_memory() / 2**30:.1f} GiB |",
                 flush=True,
             )
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -20,54 +21,61 @@ import carsam
 from carsam.bits.plan import BitPlan
 from carsam.compensate import mac
 from carsam.config import QuantizeConfig
-from carsam.methods import car_sam
+from carsam.methods.car_sam import CarSam
 
 LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0)
 SOLVED_ON, HELD_OUT = 32, 16
 
 
-def snapshot(attention: nn.Module) -> nn.Module:
-    """A copy of an attention to come back to."""
-    return copy.deepcopy(attention)
-
-
 @torch.no_grad()
-def restore(attention: nn.Module, saved: nn.Module) -> None:
+def restore(attention: mac.Coupled, saved: nn.Module) -> None:
     """Puts weights, grids and ranges back."""
-    attention.load_state_dict(saved.state_dict())
-    for name in ("q_proj", "k_proj", "v_proj"):
-        attention.get_submodule(name).fit_weight()
+    attention.module.load_state_dict(saved.state_dict())
+    for layer in attention.layers.values():
+        layer.fit_weight()
 
 
-def sweep(attention, name, runs, settings, **options):
-    """Stands in for ``compensate_attention``: tries every λ on both kinds of branch, and leaves nothing changed."""
-    solve, held_out = runs[:SOLVED_ON], list(mac.attention_calls(attention, runs[SOLVED_ON:]))
-    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-    original = [mac.projection_matrix(layer, attention.num_attention_heads).clone() for layer in layers]
-    before = mac.attention_errors(attention, held_out, original)
-    saved = snapshot(attention)
-    for branch, which in (("QK", 0), ("V", 1)):
-        seen, unseen, change = [], [], []
-        for lam in LAMBDAS:
-            chosen = replace(
-                settings,
-                damping=lam,
-                value_damping=lam,
-                query=branch == "QK",
-                key=branch == "QK",
-                value=branch == "V",
-            )
-            report = mac.compensate_attention(attention, name, solve, chosen, **options)
-            start, end = (report.scores, report.output)[which]
-            seen.append(f"{end:.4f}")
-            unseen.append(f"{mac.attention_errors(attention, held_out, original)[which]:.4f}")
-            change.append(f"{max(report.change.values()):.2f}")
-            restore(attention, saved)
-        short = name.removeprefix("mask_decoder.transformer.")
-        print(f"| {short} | {branch} | 32 seen | {start:.4f} | {' | '.join(seen)} |")
-        print(f"| | | 16 held out | {before[which]:.4f} | {' | '.join(unseen)} |")
-        print(f"| | | ‖D‖/‖W‖ | | {' | '.join(change)} |", flush=True)
-    return mac.MacReport(name)
+@dataclass(frozen=True)
+class Sweep(CarSam):
+    """CAR-SAM that tries every λ on both kinds of branch at each attention, and leaves nothing changed."""
+
+    name: ClassVar[str] = "mac-sweep"
+
+    def compensate(self, attention: mac.Coupled, runs: list) -> mac.MacReport:
+        solve, held_out = runs[:SOLVED_ON], list(mac.attention_calls(attention, runs[SOLVED_ON:]))
+        original = attention.matrices()
+        before = mac.attention_errors(attention, held_out, original)
+        saved = copy.deepcopy(attention.module)
+        for branch, which in (("QK", 0), ("V", 1)):
+            seen, unseen, change = [], [], []
+            for lam in LAMBDAS:
+                chosen = replace(
+                    self.mac,
+                    damping=lam,
+                    value_damping=lam,
+                    query=branch == "QK",
+                    key=branch == "QK",
+                    value=branch == "V",
+                )
+                report = replace(self, mac=chosen).compensate_once(attention, solve)
+                start, end = (report.scores, report.output)[which]
+                seen.append(f"{end:.4f}")
+                unseen.append(f"{mac.attention_errors(attention, held_out, original)[which]:.4f}")
+                change.append(f"{max(report.change.values()):.2f}")
+                restore(attention, saved)
+            print(f"| {short_name(attention.name)} | {branch} | 32 seen | {start:.4f} | {' | '.join(seen)} |")
+            print(f"| | | 16 held out | {before[which]:.4f} | {' | '.join(unseen)} |")
+            print(f"| | | ‖D‖/‖W‖ | | {' | '.join(change)} |", flush=True)
+        return mac.MacReport(attention.name)
+
+    def compensate_once(self, attention: mac.Coupled, runs: list) -> mac.MacReport:
+        """What CAR-SAM does."""
+        return super().compensate(attention, runs)
+
+
+def short_name(path: str) -> str:
+    """The last words of an attention's path: block and name."""
+    return ".".join(path.split(".")[-3:])
 
 
 def main() -> None:
@@ -83,13 +91,8 @@ def main() -> None:
     data = carsam.calibration_set(model, arguments.images, coco=arguments.coco, n_images=count, minimum=count)
     print("| attention | branch | images | without | " + " | ".join(f"λ {lam:g}" for lam in LAMBDAS) + " |")
     print("| --- | --- | --- | --- |" + " --- |" * len(LAMBDAS))
-    original = car_sam.compensate_attention
-    car_sam.compensate_attention = sweep
-    try:
-        no_steps = {"reconstruction": {"steps": 0, "decoder_steps": 0}, "granularity": "module"}
-        carsam.quantize(model, data, QuantizeConfig("car-sam", no_steps, arguments.bits))
-    finally:
-        car_sam.compensate_attention = original
+    no_steps = {"reconstruction": {"steps": 0, "decoder_steps": 0}, "granularity": "module"}
+    carsam.quantize(model, data, QuantizeConfig(Sweep.name, no_steps, arguments.bits))
 
 
 if __name__ == "__main__":

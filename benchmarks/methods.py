@@ -16,58 +16,50 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import carsam
-from carsam import pipeline
 from carsam.config import CalibrationConfig, QuantizeConfig
 from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.methods.base import registry
 from carsam.models.family import find_sites
 from carsam.prompts.calibration import calibration_set
-from carsam.run.store import UnitStore
+from carsam.run.context import Hooks
 
 LIMIT_MINUTES = 60
 COLUMNS = ("transform", "ranges", "encoder", "decoder", "streams", "pack", "evaluate")
 
 
-@contextmanager
-def timed(owner: object, name: str, spent: dict[str, float], column: str) -> Iterator[None]:
-    """Adds the time of every call of ``owner.name`` to a column."""
-    original = getattr(owner, name)
+# Which column a piece of work counts to (carsam.run.context.Hooks); units tell their own seconds.
+WORK = {
+    "transform": "transform",
+    "fit weights": "ranges",
+    "ranges": "ranges",
+    "pack": "pack",
+    "write": "pack",
+    "verify": "pack",
+}
 
-    def wrapper(*args, **kwargs):
+
+class Watch(Hooks):
+    """Adds up the time of every piece of work, and notes which units came from the store."""
+
+    def __init__(self) -> None:
+        super().__init__(around=self._timed)
+        self.spent: dict[str, float] = defaultdict(float)
+        self.restored: set[str] = set()
+        # Their reports tell the seconds of the method that finished them.
+        self.unit_found = self.restored.add
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            return original(*args, **kwargs)
+            yield
         finally:
-            spent[column] += time.perf_counter() - started
-
-    setattr(owner, name, wrapper)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-@contextmanager
-def restored_units() -> Iterator[set[str]]:
-    """Names of the units that come from the cache: their reports tell the seconds of the method that finished them."""
-    names: set[str] = set()
-    original = UnitStore.load
-
-    def load(store: UnitStore, *args, **kwargs):
-        found = original(store, *args, **kwargs)
-        if found is not None:
-            names.add(found[0].unit)
-        return found
-
-    UnitStore.load = load
-    try:
-        yield names
-    finally:
-        UnitStore.load = original
+            if name in WORK:
+                self.spent[WORK[name]] += time.perf_counter() - started
 
 
 def main() -> None:
@@ -100,25 +92,16 @@ def main() -> None:
         if arguments.steps is not None and hasattr(kind(), "reconstruction"):
             settings = {"reconstruction": {"steps": arguments.steps, "decoder_steps": arguments.steps}}
         config = QuantizeConfig(name, settings, arguments.bits, calibration=CalibrationConfig(seed=arguments.seed))
-        spent: dict[str, float] = defaultdict(float)
+        watch = Watch()
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            for owner, function, column in (
-                (kind, "transform", "transform"),
-                (pipeline, "calibrate", "ranges"),
-                (pipeline, "fit_weights", "ranges"),
-                (pipeline, "pack", "pack"),
-                (pipeline, "write_folder", "pack"),
-                (pipeline, "load", "pack"),
-            ):
-                stack.enter_context(timed(owner, function, spent, column))
-            restored = stack.enter_context(restored_units())
+        with tempfile.TemporaryDirectory() as folder:
             cache = shared.name if shared is not None else None
-            result = carsam.quantize(model, data, config, out=Path(folder) / "packed", unit_cache=cache)
+            result = carsam.quantize(model, data, config, out=Path(folder) / "packed", unit_cache=cache, hooks=watch)
             quantized = time.perf_counter() - started
             evaluate_coco(result.model, arguments.eval_coco, arguments.eval_images)
         total = time.perf_counter() - started
-        units = [unit for unit in result.report.units if unit.unit not in restored]
+        spent = watch.spent
+        units = [unit for unit in result.report.units if unit.unit not in watch.restored]
         for unit in units:
             spent["decoder" if sites.in_decoder(unit.unit) else "encoder"] += unit.seconds
         spent["evaluate"] = total - quantized

@@ -48,8 +48,12 @@ def watch(model: nn.Module, pixels: Tensor, inputs: dict[str, str]) -> tuple[Ten
 def measure(title: str, source: str, images: list[Path], noise: float, seed: int) -> None:
     """Prints the table of one model."""
     model = open_model(source)
-    stages = list(find_sites(model).encoder_stages)
-    inputs = {name: f"{name}.attn.qkv" if "layers" in name else f"{name}.conv1" for name in stages}
+    sites = find_sites(model)
+    # The first quantized layer of every stage.
+    inputs = {
+        name: next(site.name for site in sites.layers if site.name.startswith(name + "."))
+        for name in sites.encoder_stages
+    }
     preprocess = Preprocessor.for_model(model)
     print(f"\n{title}: {source}, pixels moved by up to {noise:g}\n")
     print("| image | codes that differ | first at | embeddings, largest difference / range | least IoU |")

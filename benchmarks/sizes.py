@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import carsam
 from carsam.config import QuantizeConfig
+from carsam.models.family import family_of
 from carsam.models.sam.random import random_sam
 from carsam.pack.checkpoint import folder_size
 from carsam.run.memory import peak_memory
@@ -48,7 +49,7 @@ def main() -> int:
             started = time.perf_counter()
             settings = {"weight_observer": "min-max", "activation_observer": "min-max"}
             config = QuantizeConfig("rtn", settings, arguments.bits)
-            data = random_data(model.config.vision_config.image_size, 1, 1)
+            data = random_data(family_of(model).image_size(model), 1, 1)
             carsam.quantize(model, data, config, out=Path(folder) / "packed")
             packed_bytes = folder_size(Path(folder) / "packed")
         share = packed_bytes / full_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -57,16 +58,17 @@ class CarSam(QDrop):
             for index in range(len(data.quantized))
         ]
         attentions = [site for site in sites.attentions if site.coupled and unit.holds(site.name)]
-        return [
-            compensate_attention(
-                Coupled.of(model, site),
-                runs,
-                self.mac,
-                weight_observer=self.weight_observer,
-                activation_observer=self.activation_observer,
-            )
-            for site in attentions
-        ]
+        return [self.compensate(Coupled.of(model, site), runs) for site in attentions]
+
+    def compensate(self, attention: Coupled, runs: list[Callable[[], object]]) -> MacReport:
+        """MAC at one attention, which each of ``runs`` reaches with a calibration item."""
+        return compensate_attention(
+            attention,
+            runs,
+            self.mac,
+            weight_observer=self.weight_observer,
+            activation_observer=self.activation_observer,
+        )
 
     def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
         settings = super().unit_settings(unit, sites)

@@ -27,6 +27,7 @@ def optimise_layers(
     device: torch.device,
     space: CacheSpace,
     progress: Callable[[int], None] | None = None,
+    learned: Callable[[nn.Module, Unit], None] | None = None,
 ) -> list[list[tuple[int, float]]]:
     """Learns the rounding of a unit's layers in execution order; each meets what the rounded ones before it give.
 
@@ -41,6 +42,7 @@ def optimise_layers(
         device: Where the unit runs.
         space: Budget of the caches.
         progress: Called with the share of the unit that is done, in steps of one layer.
+        learned: Given model and layer when it is learned and not yet an integer.
 
     Returns:
         ``(step, loss)`` points of each layer; steps count on from layer to layer.
@@ -76,6 +78,7 @@ def optimise_layers(
             steps=steps,
             seed=seed,
             device=device,
+            learned=learned,
             progress=None if progress is None else lambda step, n=number: progress((n * steps + step) // len(layers)),
         )
         losses.append([(number * steps + step, loss) for step, loss in points])

@@ -146,6 +146,7 @@ def optimise(
     seed: int,
     device: torch.device,
     progress: Callable[[int], None] | None = None,
+    learned: Callable[[nn.Module, Unit], None] | None = None,
 ) -> list[tuple[int, float]]:
     """Learns rounding and step sizes of one unit, then settles both: weights are integers afterwards.
 
@@ -158,6 +159,7 @@ def optimise(
         seed: Of the run; the unit derives its own.
         device: Where the unit runs.
         progress: Called with the number of steps done.
+        learned: Given model and unit when all is learned and no weight is an integer yet.
 
     Returns:
         ``(step, loss)`` points along the way.
@@ -214,6 +216,8 @@ def optimise(
     finally:
         for quantizer in quantizers:
             quantizer.settle()
+    if learned is not None:
+        learned(model, unit)
     for layer in layers:
         layer.freeze()
     return losses

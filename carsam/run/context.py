@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from carsam.calibrate.cache import CacheSpace
-from carsam.reconstruct.optimize import UnitData, optimise
+from carsam.reconstruct.optimize import optimise
 from carsam.run.progress import Stages
 from carsam.run.store import UnitStore
 
@@ -32,12 +32,14 @@ class Hooks:
             "pack", "write", "verify". For timings.
         unit_found: Told the name of each unit that came from the store.
         optimise: The optimiser loop, called as :func:`carsam.reconstruct.optimize.optimise`. For profilers.
+        learned: Given the model and a unit when its rounding is learned and no weight of it is an integer yet.
         before_packing: Given the model, all of its weights integers, and nothing packed yet.
     """
 
     around: Callable[[str], Any] | None = None
     unit_found: Callable[[str], None] = lambda _name: None
     optimise: Callable[..., list[tuple[int, float]]] = optimise
+    learned: Callable[[nn.Module, Unit], None] | None = None
     before_packing: Callable[[nn.Module], None] = lambda _model: None
 
     @contextmanager
@@ -71,6 +73,3 @@ class RunContext:
     progress: Progress | None = None
     stages: Stages = field(default_factory=Stages)
     hooks: Hooks = field(default_factory=Hooks)
-
-
-__all__ = ["Hooks", "Progress", "RunContext", "Unit", "UnitData"]

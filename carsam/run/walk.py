@@ -220,7 +220,13 @@ class Walk:
                 layer.freeze()
         else:
             report.steps = steps
-            options = {"steps": steps, "seed": self.context.seed, "device": device, "progress": progress}
+            options = {
+                "steps": steps,
+                "seed": self.context.seed,
+                "device": device,
+                "progress": progress,
+                "learned": self.context.hooks.learned,
+            }
             if settings.per_layer:
                 space = self.context.space
                 layers = optimise_layers(self.model, self.reference, unit, data, settings, space=space, **options)

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ RENAMES: tuple[tuple[str, str], ...] = (
 )
 
 
-def _meta_name(name: str, iou_head_depth: int) -> str:
+def meta_name(name: str, iou_head_depth: int) -> str:
     """Meta's name of a tensor of ``SamModel.state_dict()``."""
     head = re.match(r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.(.+)\.(\w+)$", name)
     if head:
@@ -82,7 +83,7 @@ def _meta_name(name: str, iou_head_depth: int) -> str:
 def key_map(model: SamModel) -> dict[str, str]:
     """transformers' name → Meta's name for every tensor; the two tied Fourier matrices share one of Meta's names."""
     depth = model.config.mask_decoder_config.iou_head_depth
-    return {name: _meta_name(name, depth) for name in model.state_dict()}
+    return {name: meta_name(name, depth) for name in model.state_dict()}
 
 
 def state_dict_to_meta(model: SamModel) -> dict[str, Tensor]:
@@ -169,12 +170,7 @@ def infer_config(state: Mapping[str, Tensor], source: str = "the checkpoint") ->
     """
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
-        tensor = state.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{source} is not a whole SAM checkpoint: {name} is missing. Use the complete file.")
-        if tensor.ndim != dims:
-            raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, not {dims} dimensions as in SAM.")
-        return tuple(tensor.shape)
+        return tensor_shape(state, source, name, dims)
 
     def count(pattern: str) -> int:
         # Up to the first gap: a lone layer 3000000 must not make three million.
@@ -205,8 +201,6 @@ def infer_config(state: Mapping[str, Tensor], source: str = "the checkpoint") ->
     if not head_dim or width % head_dim:
         raise CheckpointError(f"{source}: heads of {head_dim} channels do not divide the width {width}.")
 
-    hidden = shape("mask_decoder.iou_token.weight", 2)[1]
-    cross = shape("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", 2)[0]
     vision = {
         "hidden_size": width,
         "num_hidden_layers": depth,
@@ -222,10 +216,53 @@ def infer_config(state: Mapping[str, Tensor], source: str = "the checkpoint") ->
         "num_pos_feats": shape("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", 2)[1],
         "layer_norm_eps": VISION_EPS,
     }
+    return SamConfig(vision_config=vision, **prompt_and_decoder(state, source, grid * patch, patch))
+
+
+def tensor_shape(state: Mapping[str, Tensor], source: str, name: str, dims: int) -> tuple[int, ...]:
+    """The shape of a tensor, checked to be there and to have as many dimensions.
+
+    Raises:
+        CheckpointError: It is not, or has not.
+    """
+    tensor = state.get(name)
+    if tensor is None:
+        raise CheckpointError(f"{source} is not a whole SAM checkpoint: {name} is missing. Use the complete file.")
+    if tensor.ndim != dims:
+        raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, not {dims} dimensions as in SAM.")
+    return tuple(tensor.shape)
+
+
+def prompt_and_decoder(
+    state: Mapping[str, Tensor], source: str, image_size: int, patch_size: int
+) -> dict[str, dict[str, Any]]:
+    """Settings of prompt encoder and mask decoder behind a state dict by Meta's names, from its shapes.
+
+    Args:
+        state: Tensors by Meta's names.
+        source: What errors call it.
+        image_size: Side of the input, in pixels.
+        patch_size: Pixels of the input per cell of the image embedding.
+
+    Returns:
+        ``prompt_encoder_config`` and ``mask_decoder_config`` of a ``SamConfig``.
+
+    Raises:
+        CheckpointError: A tensor that is needed is missing, or the shapes do not fit together.
+    """
+
+    def shape(name: str, dims: int) -> tuple[int, ...]:
+        return tensor_shape(state, source, name, dims)
+
+    def count(pattern: str) -> int:
+        return numbered(state, pattern)
+
+    hidden = shape("mask_decoder.iou_token.weight", 2)[1]
+    cross = shape("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", 2)[0]
     prompt = {
         "hidden_size": shape("prompt_encoder.no_mask_embed.weight", 2)[1],
-        "image_size": grid * patch,
-        "patch_size": patch,
+        "image_size": image_size,
+        "patch_size": patch_size,
         "mask_input_channels": shape("prompt_encoder.mask_downscaling.3.weight", 4)[0],
         "num_point_embeddings": count(r"prompt_encoder\.point_embeddings\.(\d+)\."),
     }
@@ -247,7 +284,7 @@ def infer_config(state: Mapping[str, Tensor], source: str = "the checkpoint") ->
         "iou_head_hidden_dim": shape("mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
         "layer_norm_eps": TWO_WAY_EPS,
     }
-    return SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    return {"prompt_encoder_config": prompt, "mask_decoder_config": decoder}
 
 
 def sam_from_meta(state: Mapping[str, Tensor], source: str = "the checkpoint") -> SamModel:
@@ -279,7 +316,7 @@ def sam_from_meta(state: Mapping[str, Tensor], source: str = "the checkpoint") -
     unexpected = sorted(set(state) - set(names.values()) - set(BUFFERS))
     if unexpected:
         raise CheckpointError(
-            f"{source} has tensors that SAM does not: {some(unexpected)}. {_variant(unexpected)} if these tensors play "
+            f"{source} has tensors that SAM does not: {some(unexpected)}. {variant(unexpected)} if these tensors play "
             "no part, save the file without them."
         )
     wrong = [
@@ -303,7 +340,7 @@ def sam_from_meta(state: Mapping[str, Tensor], source: str = "the checkpoint") -
     return model
 
 
-def _variant(names: list[str]) -> str:
+def variant(names: list[str]) -> str:
     """What tensors beyond SAM's tell of."""
     if any("hf_token" in name or "hf_mlp" in name or "compress_vit_feat" in name for name in names):
         return "It is SAM-HQ, whose extra decoder is not supported;"

@@ -8,7 +8,6 @@ convolutions on the way. A tensor that is missing or left over is an error, as w
 from __future__ import annotations
 
 import math
-from collections import ChainMap
 from collections.abc import Mapping
 
 import torch
@@ -24,8 +23,8 @@ from carsam.data.images.normalisation import (
 )
 from carsam.errors import CheckpointError, ConfigError
 from carsam.models.files.state import some
-from carsam.models.sam import meta as sam_meta
 from carsam.models.sam.declared import numbered
+from carsam.models.sam.meta import meta_name, prompt_and_decoder, variant
 from carsam.models.skeleton import BAD_CONFIG, skeleton
 from carsam.models.tinyvit.configuration import PATCH_STRIDES, TinyVitConfig, TinyVitSamConfig
 from carsam.models.tinyvit.modeling import TinyVitSamModel
@@ -117,8 +116,7 @@ def infer_tinyvit_config(
     side = _image_side(image_size, stride, kernel)
     try:
         config = TinyVitConfig(image_size=side, **vision)
-        parts = _prompt_and_decoder(state, source, side // stride, stride)
-        return TinyVitSamConfig(vision_config=config, **parts)
+        return TinyVitSamConfig(vision_config=config, **prompt_and_decoder(state, source, side, stride))
     except BAD_CONFIG as error:
         if isinstance(error, CheckpointError):
             raise
@@ -135,29 +133,6 @@ def _image_side(image_size: int | None, stride: int, kernel: int) -> int:
             f"be a positive multiple of {stride} (the model was published with {PUBLISHED[kernel][0]})."
         )
     return image_size
-
-
-def _prompt_and_decoder(state: Mapping[str, Tensor], source: str, grid: int, stride: int) -> dict[str, object]:
-    """The configurations of prompt encoder and mask decoder, which are SAM's own.
-
-    SAM's reading of shapes finds them; where it looks for a ViT, it finds the shapes of one of the same resolution.
-    """
-
-    def of(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta")
-
-    width = 1
-    vit = {
-        "image_encoder.patch_embed.proj.weight": of(width, 3, stride, stride),
-        "image_encoder.pos_embed": of(1, grid, grid, width),
-        "image_encoder.blocks.0.attn.rel_pos_h": of(2 * grid - 1, width),
-        "image_encoder.blocks.0.mlp.lin1.weight": of(width, width),
-    }
-    config = sam_meta.infer_config(ChainMap(vit, dict(state)), source)
-    return {
-        "prompt_encoder_config": config.prompt_encoder_config,
-        "mask_decoder_config": config.mask_decoder_config,
-    }
 
 
 def module_map(config: TinyVitConfig) -> dict[str, str]:
@@ -203,7 +178,7 @@ def tensor_map(model: TinyVitSamModel) -> dict[str, tuple[str, ...]]:
         path, _, leaf = name.rpartition(".")
         theirs = modules.get(path)
         if theirs is None:
-            found[name] = (sam_meta._meta_name(name, depth),)
+            found[name] = (meta_name(name, depth),)
         elif isinstance(model.get_submodule(path), torch.nn.Conv2d):
             found[name] = (f"{theirs}.c.weight", *(f"{theirs}.bn.{part}" for part in NORM))
         else:
@@ -299,7 +274,7 @@ def _check(state: Mapping[str, Tensor], model: TinyVitSamModel, sources: Mapping
     if unexpected:
         raise CheckpointError(
             f"{source} has tensors that MobileSAM does not: {some(unexpected)}. "
-            f"{sam_meta._variant(unexpected)} if these tensors play no part, save the file without them."
+            f"{variant(unexpected)} if these tensors play no part, save the file without them."
         )
     expected = model.state_dict()
     shapes = {}
