@@ -201,6 +201,7 @@ def infer_config(state: Mapping[str, Tensor], source: str = "the checkpoint") ->
     if not head_dim or width % head_dim:
         raise CheckpointError(f"{source}: heads of {head_dim} channels do not divide the width {width}.")
 
+    others = prompt_and_decoder(state, source, grid * patch, patch)
     vision = {
         "hidden_size": width,
         "num_hidden_layers": depth,
@@ -216,7 +217,7 @@ def infer_config(state: Mapping[str, Tensor], source: str = "the checkpoint") ->
         "num_pos_feats": shape("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", 2)[1],
         "layer_norm_eps": VISION_EPS,
     }
-    return SamConfig(vision_config=vision, **prompt_and_decoder(state, source, grid * patch, patch))
+    return SamConfig(vision_config=vision, **others)
 
 
 def tensor_shape(state: Mapping[str, Tensor], source: str, name: str, dims: int) -> tuple[int, ...]:
@@ -228,6 +229,8 @@ def tensor_shape(state: Mapping[str, Tensor], source: str, name: str, dims: int)
     tensor = state.get(name)
     if tensor is None:
         raise CheckpointError(f"{source} is not a whole SAM checkpoint: {name} is missing. Use the complete file.")
+    if not tensor.numel():
+        raise CheckpointError(f"{source} does not fit together: {name} is empty. The file is damaged.")
     if tensor.ndim != dims:
         raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, not {dims} dimensions as in SAM.")
     return tuple(tensor.shape)
