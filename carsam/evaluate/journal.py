@@ -44,6 +44,9 @@ class Journals:
         folder: Where they lie; created when needed.
         restart: Discard what an interrupted run left.
         note: Told a line where something is taken over, or could not be.
+
+    Attributes:
+        taken_over: Images that the evaluation opened last had from an interrupted run.
     """
 
     def __init__(self, folder: str | Path, *, restart: bool = False, note: Callable[[str], None] | None = None):
@@ -51,6 +54,7 @@ class Journals:
         self._restart = restart
         self._note = note or (lambda _: None)
         self._opened: list[Journal] = []
+        self.taken_over = 0
 
     def open(self, parts: Mapping[str, Any], n_images: int) -> Journal | None:
         """The journal of an evaluation, with what an interrupted run has left there.
@@ -62,6 +66,7 @@ class Journals:
         Returns:
             The journal; None, after a logged warning, where nothing can be kept.
         """
+        self.taken_over = 0
         digests = {name: fingerprint(value) for name, value in parts.items()}
         folder = self._folder / fingerprint(digests)[:_KEY]
         try:
@@ -71,6 +76,7 @@ class Journals:
             if self._restart:
                 journal.discard()
             elif journal.n_kept:
+                self.taken_over = journal.n_kept
                 self._note(f"{journal.n_kept} of {n_images} images are kept from an interrupted evaluation")
             else:
                 self._tell_what_differs(digests)

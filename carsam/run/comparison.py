@@ -17,27 +17,26 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.config import CalibrationConfig, QuantizeConfig
 from carsam.data.coco.ground_truth import GroundTruth
 from carsam.errors import CarsamError, ConfigError
-from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.evaluate.intervals import averaged, difference_interval
 from carsam.evaluate.scores import few_objects_note
 from carsam.methods.base import create
 from carsam.models.load import load_model
 from carsam.output.files import write_json, write_text
-from carsam.pack.checkpoint import folder_size
-from carsam.pipeline import quantize
 from carsam.prompts.calibration import CalibrationSet, calibration_set
 from carsam.reading import read_json
 from carsam.run.comparison_table import FLOAT, METRICS, ComparisonResult, Measurement, Published
 from carsam.run.context import Progress
+from carsam.run.measured import EvaluationData, Measured, Watch, measure, quantize_and_measure
 from carsam.run.store import code_fingerprint, config_fingerprint, fingerprint, model_fingerprint, versions
 from carsam.settings import build
 
@@ -188,7 +187,7 @@ def _scores(found: dict[str, Any]) -> str:
 def _measure(
     comparison: Comparison,
     config: QuantizeConfig,
-    model: SamModel,
+    model: PreTrainedModel,
     data: Callable[[], CalibrationSet],
     folder: Path,
     key: str,
@@ -199,32 +198,42 @@ def _measure(
     # With the process in its name: another one may be at the same row.
     out = folder / f"packed-{key[:8]}-{os.getpid()}"
     try:
-        result = quantize(
+        found = quantize_and_measure(
             model,
             data(),
             config,
-            out=out,
+            _evaluation(comparison),
+            out,
+            evaluation_device=device,
+            watch=Watch(quantizing=lambda: nullcontext(progress)),
             device=device,
             overwrite=True,
             unit_cache=folder / "units",
-            progress=progress,
         )
-        scores = _metrics(result.model, comparison, device)
-        size = folder_size(out)
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    return {**scores, "bytes": size, "quantization": result.to_dict()}
+    return {**_to_dict(found), "quantization": found.quantization}
 
 
-def _metrics(model: SamModel, comparison: Comparison, device: str) -> dict[str, Any]:
-    scores = evaluate_coco(model, comparison.coco, comparison.images, device=device)
-    per_image = [{"name": image.name, "ious": list(image.ious)} for image in scores.per_image]
-    return {**{name: getattr(scores, name) for name in METRICS}, "per_image": per_image, "n_objects": scores.n_objects}
-
-
-def _measure_float(model: SamModel, comparison: Comparison, device: str) -> dict[str, Any]:
+def _measure_float(model: PreTrainedModel, comparison: Comparison, device: str) -> dict[str, Any]:
     size = 2 * sum(value.numel() for value in model.parameters())
-    return {**_metrics(model, comparison, device), "bytes": size}
+    return _to_dict(measure(model, _evaluation(comparison), size, device=device))
+
+
+def _evaluation(comparison: Comparison) -> EvaluationData:
+    return EvaluationData(comparison.coco, comparison.images)
+
+
+def _to_dict(found: Measured) -> dict[str, Any]:
+    """A measurement as a row's file keeps it."""
+    scores = found.scores
+    per_image = [{"name": image.name, "ious": list(image.ious)} for image in scores.per_image]
+    return {
+        **{name: getattr(scores, name) for name in METRICS},
+        "per_image": per_image,
+        "n_objects": scores.n_objects,
+        "bytes": found.file_bytes,
+    }
 
 
 def _evaluation_fingerprint(comparison: Comparison) -> str:
@@ -242,7 +251,7 @@ def _evaluation_fingerprint(comparison: Comparison) -> str:
     return digest.hexdigest()
 
 
-def _calibration_fingerprint(model: SamModel, calibration: CalibrationConfig) -> list[Any]:
+def _calibration_fingerprint(model: PreTrainedModel, calibration: CalibrationConfig) -> list[Any]:
     """What decides the calibration set: the pixels chosen, their boxes in the annotation file, and the settings.
 
     Boxes of the model's own masks follow from model and pixels, so they need not be found for this.

@@ -57,6 +57,7 @@ _AFTER_UNITS = (
     "predict/",
     "run/comparison.py",
     "run/comparison_table.py",
+    "run/measured.py",
 )
 _PACKAGES = ("torch", "transformers", "numpy", "scipy")
 

@@ -13,6 +13,7 @@ from carsam.config import CalibrationConfig
 from carsam.errors import ConfigError
 from carsam.methods.rtn import Rtn
 from carsam.run import comparison as module
+from carsam.run import measured
 from carsam.run.comparison import (
     Comparison,
     Published,
@@ -57,7 +58,7 @@ def test_a_comparison_measures_packed_models_once(recipe, tmp_path, monkeypatch)
     def never(*_args, **_kwargs):
         raise AssertionError("quantized again")
 
-    monkeypatch.setattr(module, "quantize", never)
+    monkeypatch.setattr(module, "quantize_and_measure", never)
     assert compare(comparison, tmp_path) == result
     # Another seed is another measurement, and names do not matter.
     with pytest.raises(AssertionError, match="again"):
@@ -125,7 +126,7 @@ def test_a_failed_measurement_leaves_nothing_behind(recipe, tmp_path, monkeypatc
     comparison = Comparison.from_dict({**recipe, "rows": recipe["rows"][:1]})
     floating = {"segm_ap": 10.0, "box_ap": 20.0, "mean_iou": 30.0, "bytes": 1, "per_image": [], "n_objects": 1}
     monkeypatch.setattr(module, "_measure_float", lambda *_: floating)
-    monkeypatch.setattr(module, "_metrics", broken)
+    monkeypatch.setattr(measured, "evaluate_coco", broken)
     with pytest.raises(RuntimeError, match="broken"):
         compare(comparison, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {"rows", "units"}
