@@ -1,6 +1,6 @@
 """Speed of the reconstruction loop: steps per second, peak memory, share of time in plain matrix products.
 
-    python benchmarks/calibration.py                    # embedded model, and ViT-B at 1024 px with random weights
+    python benchmarks/calibration.py                    # embedded model; LiteMedSAM and ViT-B at 1024 px with random weights
     python benchmarks/calibration.py --subjects nano
 
 Each unit goes through the walk's own code (observed ranges, then the optimiser loop under torch's profiler), on random
@@ -23,6 +23,7 @@ from carsam.methods.base import create
 from carsam.models.family import find_sites
 from carsam.models.prepare import prepare_model
 from carsam.models.sam.random import random_sam
+from carsam.models.tinyvit.random import random_tinyvit
 from carsam.models.sites import replace_module
 from carsam.prompts.calibration import CalibrationImage, CalibrationSet
 from carsam.reconstruct.optimize import optimise
@@ -90,9 +91,9 @@ def measure(name: str, model, units: list[str], steps: int, images: int, prompts
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", default="nano,vit-b", help="nano, vit-b, by commas")
+    parser.add_argument("--subjects", default="nano,litemedsam,vit-b", help="nano, litemedsam, vit-b, by commas")
     parser.add_argument("--steps", type=int, default=30, help="profiled steps of a unit of the embedded model")
-    parser.add_argument("--large-steps", type=int, default=3, help="profiled steps of a unit of ViT-B")
+    parser.add_argument("--large-steps", type=int, default=3, help="profiled steps of a unit of the larger ones")
     parser.add_argument("--images", type=int, default=2)
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, carsam {carsam.__version__}")
@@ -102,6 +103,11 @@ def main() -> None:
     if "nano" in arguments.subjects:
         units = ["vision_encoder.layers.0", "vision_encoder.layers.1", *decoder]
         measure("nano, 256 px", carsam.load_model("embedded/sam-nano-256"), units, arguments.steps, arguments.images, 6)
+    if "litemedsam" in arguments.subjects:
+        model = random_tinyvit("litemedsam")
+        # Convolutions at full resolution, a merge, attention in windows of 14 and of 7.
+        units = [*(f"vision_encoder.layers.{index}" for index in (0, 2, 6, 13)), *decoder]
+        measure("LiteMedSAM, 256 px", model, units, arguments.large_steps, arguments.images, 6)
     if "vit-b" in arguments.subjects:
         units = ["vision_encoder.layers.0", "vision_encoder.layers.2", *decoder]
         model = random_sam("vit-b").requires_grad_(False)

@@ -61,6 +61,30 @@ def simulate(**changes: Any) -> Iterator[None]:
         _current = previous
 
 
+# From here on a map in another order than its shape's costs more to reorder than all that is computed with it.
+LARGE_MAP = 2**20
+
+
+def channels_last(x: torch.Tensor) -> bool:
+    """Whether a tensor is a large map (batch, channels, height, width) that lies in memory with its channels last.
+
+    Smaller ones are not worth the trouble; sums over them keep the order of their shape.
+    """
+    return (
+        x.dim() == 4
+        and x.numel() >= LARGE_MAP
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def keep_mask_like(x: torch.Tensor, drop: float) -> torch.Tensor:
+    """:func:`keep_mask` for the elements of ``x``, in the order in which they lie in memory."""
+    if not channels_last(x):
+        return keep_mask(x.shape, drop, x.device)
+    return keep_mask(x.permute(0, 2, 3, 1).shape, drop, x.device).permute(0, 3, 1, 2)
+
+
 def keep_mask(shape: torch.Size, drop: float, device: torch.device) -> torch.Tensor:
     """Which elements are quantized: True with probability ``1 - drop``.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from carsam.quantizers.affine import qmax
 from carsam.quantizers.grid import Grid
 from carsam.quantizers.record import Record
-from carsam.quantizers.simulation import current, keep_mask
+from carsam.quantizers.simulation import channels_last, current, keep_mask_like
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -51,6 +51,9 @@ class FakeQuantize(torch.autograd.Function):
 def _products(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """Σ a · b over what shares a scale, in the shape of the scale."""
     if scale.dim() == 0:
+        if channels_last(b):
+            # As they lie in memory; the order of a sum is free.
+            a, b = (each.permute(0, 2, 3, 1) for each in (a, b))
         return torch.dot(a.reshape(-1), b.reshape(-1))
     return (a * b).flatten(0, -2).sum(0)
 
@@ -166,7 +169,7 @@ class SiteQuantizer(Grid):
             return x
         if self.learned is None and not self.is_calibrated:
             raise RuntimeError("an activation quantizer has no range yet; did you run calibration first?")
-        mask = keep_mask(x.shape, state.drop, x.device) if drop and state.drop > 0 else None
+        mask = keep_mask_like(x, state.drop) if drop and state.drop > 0 else None
         scale = self.step_along(x)
         if self.learned is not None and not self.relative:
             # LSQ's 1/sqrt(numel · qmax) keeps a scale's gradient comparable to a weight's.
