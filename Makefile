@@ -10,11 +10,13 @@ SOURCES := $(wildcard carsam tests tools benchmarks)
 # Twice quiet: errors only.
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 
-.PHONY: quickstart test lint format clean help
+.PHONY: quickstart litemedsam test lint format clean help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart  quantize and measure the embedded model; results in runs/quickstart"
+	@echo "make litemedsam  the same with real weights (downloads 37 MB, takes up to an hour; goes on where it stopped)"
+	@echo "                 other images: ARGS='--calibration DIR --evaluation DIR', each with images/ and instances.json"
 	@echo "make test        run the tests"
 	@echo "make lint        check style and format"
 	@echo "make format      fix style and format"
@@ -22,6 +24,9 @@ help:
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/python -m carsam.commands.quickstart
+
+litemedsam: $(VENV)/.installed
+	@$(BIN)/python -m carsam.commands.litemedsam $(ARGS)
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

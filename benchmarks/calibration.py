@@ -1,6 +1,6 @@
 """Speed of the reconstruction loop: steps per second, peak memory, share of time in plain matrix products.
 
-    python benchmarks/calibration.py                    # embedded model; LiteMedSAM and ViT-B at 1024 px with random weights
+    python benchmarks/calibration.py                    # embedded model; LiteMedSAM and ViT-B, random weights
     python benchmarks/calibration.py --subjects nano
 
 Each unit goes through the walk's own code (observed ranges, then the optimiser loop under torch's profiler), on random
@@ -23,8 +23,8 @@ from carsam.methods.base import create
 from carsam.models.family import find_sites
 from carsam.models.prepare import prepare_model
 from carsam.models.sam.random import random_sam
-from carsam.models.tinyvit.random import random_tinyvit
 from carsam.models.sites import replace_module
+from carsam.models.tinyvit.random import random_tinyvit
 from carsam.prompts.calibration import CalibrationImage, CalibrationSet
 from carsam.reconstruct.optimize import optimise
 from carsam.run.context import Hooks, RunContext

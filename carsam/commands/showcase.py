@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from carsam.commands.common import RESULTS, duration, err, megabytes, merge_results, out, writing
+from carsam.commands.common import RESULTS, duration, err, float16_bytes, megabytes, merge_results, out, writing
 from carsam.commands.progress import Reporter, shown
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Sample:
 
     Attributes:
         title: Of the closing table: what is measured, on which images.
-        model: Folder of the float model.
+        model: The float model: a folder, or a checkpoint file.
         calibration, evaluation: Folders with ``images`` and ``instances.json``.
         float_title: What the float model is called in the table.
     """
@@ -146,7 +146,8 @@ def showcase(
     with ExitStack() as stack:
         journals = None if restart else stack.enter_context(_keeping(folder))
         watch = _watch(sample.float_title)
-        floating = measure(float_model, data, folder_size(sample.model), watch=watch, journals=journals)
+        size = folder_size(sample.model) if sample.model.is_dir() else float16_bytes(float_model)
+        floating = measure(float_model, data, size, watch=watch, journals=journals)
         packed = quantize_and_measure(
             relative(sample.model),
             config.calibration.images,
