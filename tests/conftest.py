@@ -13,14 +13,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from PIL import Image
+from places import CALIBRATION, EVALUATION, NANO, ROOT
 from transformers import SamModel
 
 import carsam
 from carsam.config import CalibrationConfig, QuantizeConfig
 from carsam.models.load import load_model
 from carsam.prompts.calibration import CalibrationSet, calibration_set
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # Two steps a unit and no searched ranges: every stage runs, in two seconds instead of minutes.
 QUICK = {
@@ -50,19 +49,19 @@ def repo_root() -> Path:
 @pytest.fixture(scope="session")
 def nano_folder() -> Path:
     """The embedded float model: a transformers folder."""
-    return ROOT / "embedded" / "sam-nano-256"
+    return NANO
 
 
 @pytest.fixture(scope="session")
 def calibration_folder() -> Path:
     """Calibration images (``images``) with their ``instances.json``."""
-    return ROOT / "embedded" / "images" / "calibration"
+    return CALIBRATION
 
 
 @pytest.fixture(scope="session")
 def evaluation_folder() -> Path:
     """Evaluation images (``images``) with their ``instances.json``."""
-    return ROOT / "embedded" / "images" / "evaluation"
+    return EVALUATION
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,14 @@ def test_every_public_name_is_there():
         _ = carsam.quantise
 
 
+def test_every_room_says_what_it_is_for():
+    package = Path(carsam.__file__).parent
+    rooms = sorted(package.rglob("__init__.py"))
+    assert len(rooms) > 20
+    silent = [str(room.relative_to(package)) for room in rooms if not ast.get_docstring(ast.parse(room.read_text()))]
+    assert silent == []
+
+
 def test_type_checkers_see_the_same_names():
     """The imports under TYPE_CHECKING, the table of places and ``__all__`` say the same."""
     tree = ast.parse(Path(carsam.__file__).read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""What calibration images tell: observed ranges, and cached activations."""

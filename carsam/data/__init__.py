@@ -1,0 +1,1 @@
+"""Files of a user: images, COCO annotations, and the arithmetic of boxes."""

@@ -1,1 +1,1 @@
-"""What a run needs around its work: the place it writes to, its lock, what it keeps, its stages, its signals."""
+"""A run: the walk over a model's units, those kept on disk, how far it is, measurements and comparisons."""

@@ -5,11 +5,12 @@ import io
 import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from places import EVALUATION_COCO as COCO_FILE
+from places import EVALUATION_IMAGES as IMAGES
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -22,10 +23,6 @@ from carsam.evaluate.coco_metrics import evaluate_coco, evaluating
 from carsam.evaluate.points import evaluate_points
 from carsam.evaluate.scores import CocoResult
 from carsam.output.files import write_json
-
-EMBEDDED = Path(__file__).parents[2] / "embedded"
-IMAGES = EMBEDDED / "images" / "evaluation" / "images"
-COCO_FILE = EMBEDDED / "images" / "evaluation" / "instances.json"
 
 
 @pytest.fixture(scope="module")

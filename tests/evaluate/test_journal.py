@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from places import EVALUATION_COCO, EVALUATION_IMAGES
 
 from carsam.errors import DataError
 from carsam.evaluate import coco_metrics, points
@@ -15,21 +15,20 @@ from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.evaluate.journal import Journals
 from carsam.evaluate.points import evaluate_points
 
-EVALUATION = Path(__file__).parents[2] / "embedded" / "images" / "evaluation"
 N_IMAGES = 4
 
 
 @pytest.fixture
 def data(tmp_path):
     """Annotations and a few images that may be changed."""
-    content = json.loads((EVALUATION / "instances.json").read_text())
+    content = json.loads(EVALUATION_COCO.read_text())
     content["images"] = content["images"][:N_IMAGES]
     ids = {image["id"] for image in content["images"]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
     (tmp_path / "c.json").write_text(json.dumps(content))
     (tmp_path / "images").mkdir()
     for image in content["images"]:
-        shutil.copy(EVALUATION / "images" / image["file_name"], tmp_path / "images")
+        shutil.copy(EVALUATION_IMAGES / image["file_name"], tmp_path / "images")
     return tmp_path / "c.json", tmp_path / "images"
 
 

@@ -1,7 +1,6 @@
 """Simulated clicks."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,15 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from places import EVALUATION_COCO as COCO_FILE
+from places import EVALUATION_IMAGES as IMAGES
 
 from carsam.data.coco.instances import CocoInstances
 from carsam.errors import ConfigError, DataError, DeviceError
 from carsam.evaluate import points
 from carsam.evaluate.points import deepest_point, distance_to_boundary, evaluate_points, mask_iou, next_click
-
-EMBEDDED = Path(__file__).parents[2] / "embedded"
-IMAGES = EMBEDDED / "images" / "evaluation" / "images"
-COCO_FILE = EMBEDDED / "images" / "evaluation" / "instances.json"
 
 
 @pytest.fixture(scope="module")

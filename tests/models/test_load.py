@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import NANO
 from safetensors.torch import load_file, save_file
 from transformers.models.sam.modeling_sam import SamVisionAttention
 
@@ -16,7 +17,6 @@ from carsam.models.load import is_hub_id, load_model
 from carsam.models.sam.meta import TWO_WAY_EPS, state_dict_to_meta
 from carsam.models.sam.random import random_sam
 
-NANO = Path(__file__).resolve().parents[2] / "embedded" / "sam-nano-256"
 PIXELS = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
 BOX = torch.tensor([[[40.0, 30.0, 200.0, 180.0]]])
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import EVALUATION_IMAGES, NANO
 from transformers import SamModel
 
 import carsam
@@ -14,8 +15,7 @@ from carsam.data.images.reading import read_image
 from carsam.data.images.transforms import Preprocessor
 from carsam.predict.predictor import ResizeLongestSide, SamPredictor, encode_image, predict_logits
 
-EMBEDDED = Path(__file__).parents[2] / "embedded"
-IMAGE = EMBEDDED / "images" / "evaluation" / "images" / "000000000885.jpg"
+IMAGE = EVALUATION_IMAGES / "000000000885.jpg"
 BOX = np.array([220, 95, 325, 240])
 POINTS, LABELS = np.array([[270, 150], [100, 50]]), np.array([1, 0])
 
@@ -282,7 +282,7 @@ def test_mask_threshold_of_the_model(predictor, model):
 
 
 def test_half_precision(image):
-    model = SamModel.from_pretrained(EMBEDDED / "sam-nano-256", dtype=torch.bfloat16, attn_implementation="eager")
+    model = SamModel.from_pretrained(NANO, dtype=torch.bfloat16, attn_implementation="eager")
     predictor = SamPredictor(model)
     predictor.set_image(image)
     mask = np.zeros((1, 64, 64), np.float32)

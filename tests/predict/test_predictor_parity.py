@@ -1,18 +1,16 @@
 """SamPredictor against segment-anything's own, on the same weights."""
 
-from pathlib import Path
-
 import meta_sam
 import numpy as np
 import pytest
 import torch
+from places import EVALUATION_IMAGES as IMAGES
+from places import NANO
 from transformers import SamModel
 
 from carsam.data.images.reading import read_image
 from carsam.predict.predictor import SamPredictor
 
-EMBEDDED = Path(__file__).parents[2] / "embedded"
-IMAGES = EMBEDDED / "images" / "evaluation" / "images"
 TOLERANCE = 1e-3  # logits
 
 BOX = np.array([220, 95, 325, 240])
@@ -22,7 +20,7 @@ MASK = np.random.default_rng(0).normal(scale=4, size=(1, 64, 64)).astype(np.floa
 
 @pytest.fixture(scope="module")
 def model():
-    return SamModel.from_pretrained(EMBEDDED / "sam-nano-256", dtype=torch.float32, attn_implementation="eager")
+    return SamModel.from_pretrained(NANO, dtype=torch.float32, attn_implementation="eager")
 
 
 @pytest.fixture(scope="module")

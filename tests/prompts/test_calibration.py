@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from places import CALIBRATION_COCO as COCO
+from places import CALIBRATION_IMAGES as IMAGES
 
 from carsam.data.coco.instances import CocoInstances
 from carsam.errors import ConfigError, DataError
@@ -23,10 +24,6 @@ from carsam.prompts.proposals import (
     propose_boxes,
     stability_score,
 )
-
-EMBEDDED = Path(__file__).parents[2] / "embedded"
-IMAGES = EMBEDDED / "images" / "calibration" / "images"
-COCO = EMBEDDED / "images" / "calibration" / "instances.json"
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,15 @@
 """Box prompts: what does not fit the annotations stops the evaluation, or is said; nothing scores 0 in silence."""
 
 import json
-from pathlib import Path
 
 import pytest
+from places import EVALUATION_COCO as COCO_FILE
+from places import EVALUATION_IMAGES as IMAGES
 
 from carsam.data.coco.ground_truth import GroundTruth
 from carsam.data.coco.instances import CocoInstances
 from carsam.errors import DataError
 from carsam.prompts.evaluation import box_prompts
-
-EVALUATION = Path(__file__).parents[2] / "embedded" / "images" / "evaluation"
-COCO_FILE, IMAGES = EVALUATION / "instances.json", EVALUATION / "images"
 
 
 @pytest.fixture(scope="module")

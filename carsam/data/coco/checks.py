@@ -1,4 +1,4 @@
-"""What is known about images and annotations before the first image is predicted."""
+"""Checks of images, annotations and detections against each other, before the first image is predicted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""COCO detection results."""
+"""COCO detection results: the boxes and scores of a detector."""
 
 from __future__ import annotations
 

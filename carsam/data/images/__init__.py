@@ -1,0 +1,1 @@
+"""Image files: which there are, reading them, and the way from pixels to a model's input."""

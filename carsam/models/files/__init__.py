@@ -1,0 +1,1 @@
+"""Files and places that hold models: checkpoints, folders, the Hub."""

@@ -1,0 +1,1 @@
+"""The family SAM: transformers' SamModel, and Meta's checkpoints of it."""

@@ -1,0 +1,1 @@
+"""SAMs with TinyViT as image encoder: MobileSAM, LiteMedSAM."""

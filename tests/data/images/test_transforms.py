@@ -1,26 +1,24 @@
 """SAM's input frame."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import NANO
 from transformers import SamModel
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from carsam.data.images.transforms import Geometry, Preprocessor, preprocessor_config, resized_size
-
-MODEL = Path(__file__).parents[3] / "embedded" / "sam-nano-256"
 
 sides = st.integers(1, 4000)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return SamModel.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager")
+    return SamModel.from_pretrained(NANO, dtype=torch.float32, attn_implementation="eager")
 
 
 def picture(height, width, seed=0):

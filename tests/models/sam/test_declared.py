@@ -3,15 +3,14 @@
 import copy
 import json
 import time
-from pathlib import Path
 
 import pytest
+from places import NANO
 from safetensors import safe_open
 
 from carsam.errors import CheckpointError
 from carsam.models.sam.declared import check_declared, contiguous_count, numbered
 
-NANO = Path(__file__).resolve().parents[3] / "embedded" / "sam-nano-256"
 CONFIG = json.loads((NANO / "config.json").read_text())
 VISION, PROMPT, DECODER = "vision_config", "prompt_encoder_config", "mask_decoder_config"
 
