@@ -113,6 +113,8 @@ class Sites:
         moments: The decoder's parts.
         neighbours: ``(part, neighbour)`` of the decoder: each reads what the other writes (METHOD.md, 8).
         focus: Attentions whose maps over the image show what a mask rests on.
+        floating: Layers that the family leaves in floating point by choice; ``benchmarks/floating_parts.py`` measures
+            what it would cost to quantize them as well.
     """
 
     family: Family = field(repr=False, compare=False)
@@ -125,6 +127,7 @@ class Sites:
     moments: tuple[Moment, ...] = ()
     neighbours: tuple[tuple[str, str], ...] = ()
     focus: tuple[str, ...] = ()
+    floating: tuple[LayerSite, ...] = ()
     activation_names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self):

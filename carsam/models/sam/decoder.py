@@ -91,6 +91,19 @@ def decoder_layers(blocks: tuple[TwoWayBlock, ...]) -> list[LayerSite]:
     return layers + attention(FINAL)
 
 
+def heads(model: nn.Module) -> tuple[str, ...]:
+    """Linears behind the transformer, which stay in floating point: what turns tokens into masks and predicted IoU.
+
+    The upscaling stays as well; its transposed convolutions have their output channels in the second dimension.
+    """
+    decoder = model.get_submodule(MASK_DECODER)
+    return tuple(
+        f"{MASK_DECODER}.{name}"
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith("transformer.")
+    )
+
+
 def moments(blocks: tuple[TwoWayBlock, ...]) -> tuple[Moment, ...]:
     """The decoder's parts with the norms after their residuals, in execution order."""
     found = [Moment(part, block.norm(i)) for block in blocks for i, part in enumerate(block.parts)]

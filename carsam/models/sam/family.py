@@ -49,6 +49,10 @@ class Sam(Family):
         """Quantized layers of the image encoder, in execution order."""
         return encoder.encoder_layers(model)
 
+    def floating_layers(self) -> tuple[str, ...]:
+        """Layers of the image encoder that stay in floating point: the patch embedding, which reads pixels."""
+        return (f"{encoder.ENCODER}.patch_embed.projection",)
+
     def readers(self, model: nn.Module) -> tuple[tuple[str, str], ...]:
         """Norms of the image encoder with the layers that read them."""
         return encoder.readers(model)
@@ -96,6 +100,7 @@ class Sam(Family):
             moments=decoder.moments(blocks),
             neighbours=decoder.neighbours(blocks),
             focus=decoder.focus(blocks),
+            floating=tuple(LayerSite(path) for path in (*self.floating_layers(), *decoder.heads(model))),
         )
 
     def parts(self, sites: Sites, granularity: str = "module") -> tuple[Part, ...]:

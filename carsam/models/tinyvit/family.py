@@ -59,6 +59,9 @@ class TinyVit(Sam):
             layers += [LayerSite(f"{path}.{part}", role) for part, role in parts.items()]
         return [*layers, *neck_layers()]
 
+    def floating_layers(self) -> tuple[str, ...]:
+        return (f"{ENCODER}.patch_embed.conv1", f"{ENCODER}.patch_embed.conv2")
+
     def readers(self, model: nn.Module) -> tuple[tuple[str, str], ...]:
         pairs = (("layer_norm1", "attn.qkv"), ("layer_norm2", "mlp.lin1"))
         blocks = [path for path, module in _layers(model).items() if isinstance(module, TinyVitBlock)]
