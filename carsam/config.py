@@ -54,6 +54,7 @@ class QuantizeConfig:
         overrides: Bits by site pattern.
         calibration: The data.
         normalise: ``imagenet``, ``unit`` or ``min-max`` instead of the model's own normalisation of pixels.
+        image_size: Side of the input in pixels, for a checkpoint that does not show it (see :func:`carsam.load_model`).
     """
 
     method: str = "car-sam"
@@ -62,6 +63,7 @@ class QuantizeConfig:
     overrides: dict[str, str] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     normalise: str | None = None
+    image_size: int | None = None
 
     def bit_plan(self) -> BitPlan:
         """The parsed bits."""

@@ -166,7 +166,7 @@ def quantize(
             store = UnitStore(kept.folder, create=kept.create)
         with _keeping(kept):
             with stages("preparing"):
-                reference = _reference(model, run.device, normalisation)
+                reference = _reference(model, run.device, normalisation, config.image_size)
                 sites = find_sites(reference)
                 run.plan.check(sites)
             data = images
@@ -265,12 +265,15 @@ class _Run:
 
 
 def _reference(
-    model: PreTrainedModel | str | Path, device: torch.device, normalisation: Normalisation | None
+    model: PreTrainedModel | str | Path,
+    device: torch.device,
+    normalisation: Normalisation | None,
+    image_size: int | None,
 ) -> PreTrainedModel:
     """The float model to quantize; a copy of the caller's."""
     if isinstance(model, PreTrainedModel) and any(isinstance(module, PackedLayer) for module in model.modules()):
         raise CheckpointError("this model is packed already; quantize the float model that it was made from.")
-    reference = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model)
+    reference = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model, image_size=image_size)
     # Written into its configuration: a folder that it names may be another one by the time of packing.
     set_normalisation(reference, normalisation or normalisation_of(reference))
     return reference.requires_grad_(False).eval().float().to(device)

@@ -70,6 +70,16 @@ Normalise = Annotated[
     ),
 ]
 
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Side of the input in pixels, for a checkpoint that does not show it (MobileSAM at another size).",
+        metavar="PIXELS",
+        min=1,
+        show_default="the model's own",
+    ),
+]
+
 
 @contextmanager
 def errors_for_people() -> Iterator[None]:
@@ -123,7 +133,9 @@ def show_warnings() -> None:
         logger.addHandler(_Warnings(logging.WARNING))
 
 
-def open_model(source: str, device: str, normalise: str | None = None) -> PreTrainedModel:
+def open_model(
+    source: str, device: str, normalise: str | None = None, image_size: int | None = None
+) -> PreTrainedModel:
     """A packed or a float model, whichever ``source`` is: a folder, a Hub id, or a checkpoint file.
 
     Raises:
@@ -131,7 +143,7 @@ def open_model(source: str, device: str, normalise: str | None = None) -> PreTra
     """
     from carsam.pack.checkpoint import open_model
 
-    return open_model(source, device=device, normalise=normalise)
+    return open_model(source, device=device, normalise=normalise, image_size=image_size)
 
 
 @contextmanager

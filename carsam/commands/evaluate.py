@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from carsam.commands.common import Device, Normalise, duration, err, merge_results, open_model
+from carsam.commands.common import Device, ImageSize, Normalise, duration, err, merge_results, open_model
 from carsam.commands.output import Json, Output, Quiet, renamed
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError, DataError
@@ -61,6 +61,7 @@ def evaluate(
         bool, typer.Option("--restart", "--no-resume", help="Discard what an interrupted evaluation finished.")
     ] = False,
     normalise: Normalise = None,
+    image_size: ImageSize = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -76,8 +77,10 @@ def evaluate(
     _keep_inputs(json, model, coco, detections, floating)
     output = Output(json, quiet=quiet)
     float_scores = _read_float_scores(floating)
-    float_model = open_model(floating, device, normalise) if floating is not None and float_scores is None else None
-    sam = open_model(model, device, normalise)
+    float_model = None
+    if floating is not None and float_scores is None:
+        float_model = open_model(floating, device, normalise, image_size)
+    sam = open_model(model, device, normalise, image_size)
 
     data = _Data(coco, images, detections, limit, points, quiet)
     started = time.perf_counter()

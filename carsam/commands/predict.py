@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carsam.commands.common import Device, Normalise, open_model
+from carsam.commands.common import Device, ImageSize, Normalise, open_model
 from carsam.commands.output import STDOUT, Json, Output, Quiet
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError, DataError
@@ -119,6 +119,7 @@ def predict(
     json: Json = None,
     quiet: Quiet = False,
     normalise: Normalise = None,
+    image_size: ImageSize = None,
     device: Device = "auto",
 ) -> None:
     """Write masks of images: from boxes and points, or of everything.
@@ -166,7 +167,7 @@ def predict(
         assigned.image_ids,
         output.line,
     )
-    predictor = SamPredictor(open_model(model, device, normalise))
+    predictor = SamPredictor(open_model(model, device, normalise, image_size))
     generator = _generator(predictor, settings) if everything else None
     if quiet or len(assigned.work) == 1:
         job.run(predictor, generator, lambda done, total: None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carsam.commands.common import METHODS, Device, Normalise, complete_from, float16_bytes, megabytes
+from carsam.commands.common import METHODS, Device, ImageSize, Normalise, complete_from, float16_bytes, megabytes
 from carsam.commands.output import Json, Output, Quiet, finite, renamed
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError
@@ -133,6 +133,7 @@ def quantize(
         ),
     ] = None,
     normalise: Normalise = None,
+    image_size: ImageSize = None,
     device: Device = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the units in OUT.partial.", rich_help_panel=_RUN)
@@ -180,6 +181,7 @@ def quantize(
             box_source=box_source,
             seed=seed,
             normalise=normalise,
+            image_size=image_size,
         )
         if not config.calibration.images:
             raise ConfigError("calibration images are missing; name their folder with --data.")

@@ -133,6 +133,7 @@ def quantize_config(
     no_jcar: bool = False,
     granularity: str | None = None,
     normalise: str | None = None,
+    image_size: int | None = None,
     **calibration: Any,
 ) -> QuantizeConfig:
     """The configuration of a quantization: defaults, over them the recipe, over it the flags that were given.
@@ -143,7 +144,7 @@ def quantize_config(
         overrides: ``PATTERN=BITS`` texts.
         settings: ``key=value`` texts, which win over the flags that follow here.
         steps, no_mac, no_jcar, granularity: Flags for single method settings.
-        normalise: Given flag, None where not given.
+        normalise, image_size: Given flags, None where not given.
         **calibration: Fields of ``CalibrationConfig``, None where not given.
 
     Raises:
@@ -166,6 +167,8 @@ def quantize_config(
         values["bits"] = bits
     if normalise is not None:
         values["normalise"] = normalise
+    if image_size is not None:
+        values["image_size"] = image_size
     flags = shortcut_settings(
         values.get("method", default), steps=steps, no_mac=no_mac, no_jcar=no_jcar, granularity=granularity
     )

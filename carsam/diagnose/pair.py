@@ -87,7 +87,8 @@ def open_pair(
     if not isinstance(name, str) or not isinstance(settings, dict):
         raise CheckpointError(f"{folder / RECIPE} is damaged: it names no method and its settings; {_FIX}.")
     method = create(name, settings)
-    source = load_model(float_model, device=device)
+    size = recipe.get("image_size")
+    source = load_model(float_model, device=device, image_size=size if isinstance(size, int) else None)
     for model in (source, packed):  # the same pixels for both, or their difference would be the pixels'
         set_normalisation(model, normalisation)
     check_pair(source, packed, str(float_model), str(quantized))

@@ -33,6 +33,7 @@ def differing_settings(folder: Path, config: QuantizeConfig, method: Method, mod
         "bits for sites": config.overrides,
         "settings": method.to_dict(),
         "normalise": config.normalise,
+        "image size": config.image_size,
     }
     there = {
         "method": recipe.get("method"),
@@ -40,6 +41,7 @@ def differing_settings(folder: Path, config: QuantizeConfig, method: Method, mod
         "bits for sites": recipe.get("overrides"),
         "settings": recipe.get("settings"),
         "normalise": recipe.get("normalise"),
+        "image size": recipe.get("image_size"),
     }
     for name in ("n_images", "boxes_per_image", "box_source", "seed"):
         here[name], there[name] = getattr(config.calibration, name), calibration.get(name)

@@ -15,7 +15,8 @@ import carsam.pack.transformers  # noqa: F401 - registers packed folders with tr
 from carsam.data.images.normalisation import named_normalisation, normalisation_of, set_normalisation
 from carsam.device import resolve_device
 from carsam.errors import CarsamError, CheckpointError
-from carsam.models.family import Family, family_of_type
+from carsam.models.family import Family, family_of, family_of_type
+from carsam.models.folder import check_image_size
 from carsam.models.load import is_hub_id, load_model, quiet_transformers
 from carsam.models.skeleton import BAD_CONFIG
 from carsam.output.target import replaced_folder
@@ -104,7 +105,11 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", revision: st
 
 
 def open_model(
-    source: str | Path, *, device: str | torch.device = "cpu", normalise: str | None = None
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    normalise: str | None = None,
+    image_size: int | None = None,
 ) -> PreTrainedModel:
     """A packed or a float model, whichever ``source`` is.
 
@@ -112,6 +117,7 @@ def open_model(
         source: What :func:`load` takes, or :func:`carsam.load_model`.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         normalise: ``imagenet``, ``unit`` or ``min-max`` instead of the model's own normalisation.
+        image_size: Side of the input in pixels; see :func:`carsam.load_model`. A packed model's is known.
 
     Raises:
         CarsamError: It is neither, or damaged; the device is not there.
@@ -119,7 +125,11 @@ def open_model(
     device = resolve_device(device)
     normalisation = None if normalise is None else named_normalisation(normalise)
     folder = packed_folder(source)
-    model = load(folder, device=device) if folder is not None else load_model(source, device=device)
+    if folder is not None:
+        model = load(folder, device=device)
+        check_image_size(family_of(model), model, str(source), image_size)
+    else:
+        model = load_model(source, device=device, image_size=image_size)
     if normalisation is not None:
         set_normalisation(model, normalisation)
     return model

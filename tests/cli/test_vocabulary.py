@@ -26,6 +26,7 @@ SHARED = {
     "--json": {"quantize", "evaluate", "predict", "compare", "diagnose", "info"},
     "--quiet": {"quantize", "evaluate", "predict", "compare", "diagnose", "info"},
     "--normalise": {"quantize", "evaluate", "predict", "compare", "diagnose"},
+    "--image-size": {"quantize", "evaluate", "predict"},
     "--seed": {"quantize"},
     "--seeds": {"compare"},
     "--restart": {"quantize", "evaluate"},
