@@ -1,88 +1,45 @@
-"""The story of a quantization, one call per stage: load, calibrate, transform, reconstruct, pack.
+"""The story of a quantization, one call per stage: load, choose calibration images, compute integers, pack, verify.
 
 Evaluation works from the packed folder alone and lives in :mod:`carsam.evaluate`.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from carsam.bits.plan import BitPlan
 from carsam.calibrate.cache import CacheSpace
-from carsam.calibrate.ranges import calibrate
 from carsam.config import QuantizeConfig
-from carsam.data.images.normalisation import Normalisation, named_normalisation, normalisation_of, set_normalisation
+from carsam.data.images.normalisation import named_normalisation
 from carsam.device import resolve_device
-from carsam.errors import CarsamError, CheckpointError, ConfigError
-from carsam.methods.base import Method, create
+from carsam.errors import CarsamError, ConfigError
+from carsam.methods.base import create
 from carsam.models.family import find_sites
-from carsam.models.load import load_model
-from carsam.models.prepare import prepare_model
-from carsam.models.sites import Sites
-from carsam.output.checks import base_ingredients, check_equal, check_space, ingredients
+from carsam.output.checks import check_equal, check_space, ingredients
 from carsam.output.files import write_json
 from carsam.output.finished import RESULTS, differing_settings, finished_report, read_quantization, read_recipe
 from carsam.output.partial import Partial
 from carsam.output.target import Output
 from carsam.pack.checkpoint import load, write_folder
-from carsam.pack.layers import PackedLayer
 from carsam.pack.layout import pack
 from carsam.pack.writing import Facts, attach
 from carsam.prompts.calibration import CalibrationSet, calibration_set
-from carsam.quantizers import QuantizedLayer
 from carsam.run.context import Hooks, Progress, RunContext
 from carsam.run.memory import peak_memory
 from carsam.run.progress import Stages
-from carsam.run.store import UnitStore, fingerprint
-from carsam.run.walk import Walk, WalkReport, fit_weights, quantized_layers
+from carsam.run.quantization import QuantizeResult, Run, reference_model, to_integers
+from carsam.run.store import UnitStore
 from carsam.version import __version__
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class QuantizeResult:
-    """What a quantization gives.
-
-    Attributes:
-        model: The packed model, in eval mode.
-        recipe: The full configuration, as saved in ``recipe.yaml``.
-        report: Units and compensations.
-        seconds: Wall-clock time of the whole call.
-        peak_memory: Of the process, in bytes (of the GPU where one was used).
-        skipped_images: Calibration images that could not be read.
-        stages: Wall-clock time by stage, in order (:data:`carsam.run.progress.STAGES`).
-    """
-
-    model: PreTrainedModel
-    recipe: dict[str, Any]
-    report: WalkReport
-    seconds: float
-    peak_memory: int
-    skipped_images: int
-    stages: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Measurements as plain mappings (``results.json`` under ``quantization``)."""
-        return {
-            "seconds": round(self.seconds, 1),
-            "stages": {name: round(seconds, 2) for name, seconds in self.stages.items()},
-            "peak_memory_bytes": self.peak_memory,
-            "skipped_images": self.skipped_images,
-            "units": [asdict(unit) for unit in self.report.units],
-            "compensations": [asdict(item) for item in self.report.compensations],
-            "transforms": self.report.transforms,
-        }
 
 
 def quantize(
@@ -101,7 +58,7 @@ def quantize(
     progress: Progress | bool | None = None,
     hooks: Hooks | None = None,
 ) -> QuantizeResult:
-    """Quantizes a SAM.
+    """Quantizes a Segment Anything model.
 
     With ``out``, finished units are kept in ``OUT.partial`` until the folder is in its place, loaded back and found
     equal to what was computed. Nobody else may write to ``out`` meanwhile.
@@ -135,7 +92,7 @@ def quantize(
     if resume and restart:
         raise ConfigError("resume and restart exclude each other; choose one.")
     normalisation = None if config.normalise is None else named_normalisation(config.normalise)
-    run = _Run(config, create(config.method, config.settings), config.bit_plan(), resolve_device(device))
+    run = Run(config, create(config.method, config.settings), config.bit_plan(), resolve_device(device))
     if not isinstance(images, CalibrationSet):
         config = run.config = replace(config, calibration=replace(config.calibration, images=str(images)))
 
@@ -166,7 +123,7 @@ def quantize(
             store = UnitStore(kept.folder, create=kept.create)
         with _keeping(kept):
             with stages("preparing"):
-                reference = _reference(model, run.device, normalisation, config.image_size)
+                reference = reference_model(model, run.device, normalisation, config.image_size)
                 sites = find_sites(reference)
                 run.plan.check(sites)
             data = images
@@ -189,7 +146,7 @@ def quantize(
                 stages=stages,
                 hooks=hooks or Hooks(),
             )
-            quantized, report = _quantize(reference, sites, run, data, context)
+            quantized, report = to_integers(reference, sites, run, data, context)
             context.hooks.before_packing(quantized)
 
             recipe = {
@@ -224,7 +181,7 @@ def quantize(
 
 
 def _finished(
-    output: Output, run: _Run, model: str, partial: Partial, write_results: bool, started: float
+    output: Output, run: Run, model: str, partial: Partial, write_results: bool, started: float
 ) -> QuantizeResult | None:
     """The result of a run that was killed after its folder had been moved into place; None if it must be written again.
 
@@ -254,31 +211,6 @@ def _finished(
     )
 
 
-@dataclass
-class _Run:
-    """Settings of a run, parsed."""
-
-    config: QuantizeConfig
-    method: Method
-    plan: BitPlan
-    device: torch.device
-
-
-def _reference(
-    model: PreTrainedModel | str | Path,
-    device: torch.device,
-    normalisation: Normalisation | None,
-    image_size: int | None,
-) -> PreTrainedModel:
-    """The float model to quantize; a copy of the caller's."""
-    if isinstance(model, PreTrainedModel) and any(isinstance(module, PackedLayer) for module in model.modules()):
-        raise CheckpointError("this model is packed already; quantize the float model that it was made from.")
-    reference = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_model(model, image_size=image_size)
-    # Written into its configuration: a folder that it names may be another one by the time of packing.
-    set_normalisation(reference, normalisation or normalisation_of(reference))
-    return reference.requires_grad_(False).eval().float().to(device)
-
-
 def _inputs(model: Any, images: Any, config: QuantizeConfig) -> dict[str, str | Path | None]:
     """What a run reads, which must not be written into."""
     return {
@@ -301,42 +233,3 @@ def _keeping(partial: Partial | None) -> Iterator[None]:
         if partial is not None:
             interrupt.args = (f"interrupted. {partial.kept()}",)
         raise
-
-
-def _quantize(
-    reference: PreTrainedModel, sites: Sites, run: _Run, data: CalibrationSet, context: RunContext
-) -> tuple[PreTrainedModel, WalkReport]:
-    """From the float model to one whose weights are all integers."""
-    method, plan, stages, hooks = run.method, run.plan, context.stages, context.hooks
-    with stages("weight grids"):
-        with hooks.work("transform"):
-            transforms = method.transform(reference, sites, data)
-        model = copy.deepcopy(reference)
-        prepare_model(model, sites, plan, method.quantizer_for, method.softmax_for)
-        model.to(context.device).requires_grad_(False)
-        with hooks.work("fit weights"):
-            fit_weights(model, method.weight_observer)
-
-    report = WalkReport()
-    units = method.units(sites)
-    if units:
-        bits = [plan.weight_bits(site.name) for site in sites.layers]
-        bits += [plan.activation_bits(name) for name in sites.activation_names]
-        base_key = fingerprint(base_ingredients(reference, data, context.seed, context.device), bits)
-        with stages("units", len(units)):
-            report = Walk(model, reference, sites, method, data, base_key, context).run()
-    else:
-        total = len(data.images)
-
-        def advance(done: int, _: int) -> None:
-            stages.advance(done, total)
-            if context.progress is not None:
-                context.progress(0, 1, "calibration", done, total)
-
-        with stages("ranges", total), hooks.work("ranges"):
-            calibrate(model, data, method.activation_observer, progress=advance)
-            for layer in quantized_layers([model]):
-                layer.freeze()
-    report.transforms = transforms
-    assert all(m.codes is not None or m.weight_bits >= 16 for m in model.modules() if isinstance(m, QuantizedLayer))
-    return model, report
