@@ -62,11 +62,14 @@ def _distribution(entry: EntryPoint) -> str:
     return f" of the package {entry.dist.name}" if entry.dist is not None else ""
 
 
-def import_modules(package: str) -> None:
-    """Imports every module of a package's folder."""
-    folder = importlib.import_module(package)
-    for module in pkgutil.iter_modules(folder.__path__):
-        importlib.import_module(f"{package}.{module.name}")
+def import_modules(package: str, module: str = "") -> None:
+    """Imports every module of a package's folder; with ``module``, the one of that name in every folder below it."""
+    parent = importlib.import_module(package)
+    for found in pkgutil.iter_modules(parent.__path__):
+        if not module:
+            importlib.import_module(f"{package}.{found.name}")
+        elif found.ispkg and any((Path(place) / found.name / f"{module}.py").is_file() for place in parent.__path__):
+            importlib.import_module(f"{package}.{found.name}.{module}")
 
 
 def named_subclasses(
@@ -76,15 +79,19 @@ def named_subclasses(
     *,
     what: str,
     counts: Callable[[type[Any]], bool] = lambda _cls: True,
+    module: str = "",
+    plugins: bool = True,
 ) -> dict[str, type[T]]:
     """All subclasses that carry a name of their own, wherever they are defined.
 
     Args:
         base: Their common base.
         attribute: Class attribute that holds the name; inherited ones do not count.
-        package: Package whose modules are imported first; plugins are loaded as well.
+        package: Package whose modules are imported first.
         what: What they are, for messages.
         counts: Whether a class counts.
+        module: Imports the module of this name in every folder of the package instead.
+        plugins: Whether to load plugins as well.
 
     Returns:
         Classes by name, in the order of the names. Of a class that was defined again (a notebook's cell run twice) it
@@ -93,8 +100,9 @@ def named_subclasses(
     Raises:
         ConfigError: Two of them have one name.
     """
-    import_modules(package)
-    load_plugins()
+    import_modules(package, module)
+    if plugins:
+        load_plugins()
     found: dict[str, type[T]] = {}
     pending = list(base.__subclasses__())
     for cls in pending:  # grows while it is gone through
@@ -115,7 +123,7 @@ def outside_sources(classes: Iterable[type[Any]]) -> list[tuple[str, Path]]:
     """Source files of what other packages define: their numbers hang on these as ours on our own.
 
     Args:
-        classes: Methods and grids; those of carsam itself do not count.
+        classes: Families, methods and grids; those of carsam itself do not count.
 
     Returns:
         (name, file) of every module of a package that defines one of them, or of a module that stands alone; sorted.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,8 @@ from carsam.commands.common import Device, Normalise, duration
 from carsam.commands.output import Json, Output, Quiet, renamed
 from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError
+from carsam.models.names import names_of_type
+from carsam.pack.folder import read_config
 
 if TYPE_CHECKING:
     from carsam.diagnose.results import Diagnosis
@@ -70,6 +73,7 @@ def diagnose(
         raise ConfigError("images are missing; name their folder with --images.")
     with Reporter(f"diagnosing {quantized}", quiet=quiet) as reporter:
         from carsam.diagnose.run import diagnose as run
+        from carsam.pack.source import packed_folder
 
         diagnosis, folder = run(
             float_model,
@@ -84,13 +88,20 @@ def diagnose(
             normalise=normalise,
             progress=reporter.step,
         )
-    summarise(diagnosis, output)
+    model_type = read_config(packed_folder(quantized) or Path(quantized)).get("model_type")
+    summarise(diagnosis, output, names_of_type(model_type).short)
     output.line(f"{folder}: diagnosis.json and pictures, {duration(reporter.seconds)}")
     output.save(diagnosis.to_dict())
 
 
-def summarise(diagnosis: Diagnosis, output: Output) -> None:
-    """Prints the essence of a diagnosis."""
+def summarise(diagnosis: Diagnosis, output: Output, short: Callable[[str], str]) -> None:
+    """Prints the essence of a diagnosis.
+
+    Args:
+        diagnosis: The diagnosis.
+        output: Where to.
+        short: Shortens the name of a site.
+    """
     from carsam.prompts.diagnosis import FLOAT_MASKS
 
     title = f"{diagnosis.quantized}: {diagnosis.method} at {diagnosis.bits}"
@@ -111,7 +122,7 @@ def summarise(diagnosis: Diagnosis, output: Output) -> None:
     for attention in sorted(diagnosis.attentions, key=lambda each: -each.mean.kl)[:TOP]:
         mean = attention.mean
         table.add_row(
-            _short(attention.name),
+            short(attention.name),
             f"{mean.kl:.3f}",
             f"{mean.entropy_float:.2f}",
             f"{mean.entropy_change:+.2f}",
@@ -121,7 +132,7 @@ def summarise(diagnosis: Diagnosis, output: Output) -> None:
     if diagnosis.sensitivity:
         table = _table("most sensitive sites, each alone", "site", "kind", "bits", "error of logits", "IoU")
         for site in sorted(diagnosis.sensitivity, key=lambda each: -each.error)[:TOP]:
-            table.add_row(_short(site.site), site.kind, str(site.bits), f"{site.error:.4f}", f"{100 * site.iou:.1f}")
+            table.add_row(short(site.site), site.kind, str(site.bits), f"{site.error:.4f}", f"{100 * site.iou:.1f}")
         output.print(table)
 
 
@@ -130,9 +141,3 @@ def _table(title: str, first: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
-
-
-def _short(name: str) -> str:
-    for prefix, short in (("mask_decoder.transformer.", "decoder."), ("vision_encoder.", "encoder.")):
-        name = name.replace(prefix, short)
-    return name

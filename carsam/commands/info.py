@@ -15,12 +15,6 @@ from carsam.commands.output import Json, Output, Quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-REGIONS = {
-    "vision_encoder.layers": "encoder blocks",
-    "vision_encoder.neck": "encoder neck",
-    "mask_decoder.transformer": "decoder transformer",
-}
-
 
 def info(
     model: Annotated[
@@ -37,8 +31,10 @@ def info(
     output = Output(json, quiet=quiet)
     folder = packed_folder(model)
     sam = open_model(model, "cpu")
-    half, size = float16_bytes(sam), family_of(sam).image_size(sam)
+    family = family_of(sam)
+    half, size = float16_bytes(sam), family.image_size(sam)
     known: dict[str, Any] = {"model": model, "packed": folder is not None, "float16_bytes": half, "input_pixels": size}
+    known["family"] = family.name
     if folder is not None:
         config = sam.config.quantization_config
         packed = folder_size(folder)
@@ -47,7 +43,7 @@ def info(
         known |= {"method": config.method, "bits": config.bits, "carsam_version": config.carsam_version}
         known |= {"bytes": packed, "activation_grids": dict(grids(config.layout))}
     else:
-        output.line(f"{model}: SAM in floating point, {megabytes(half)} in FP16")
+        output.line(f"{model}: {family.names.title} in floating point, {megabytes(half)} in FP16")
     output.line(f"input {size} × {size} pixels")
     regions = region_rows(sam)
     known["regions"] = [asdict(region) for region in regions]
@@ -97,12 +93,15 @@ def region_rows(model: PreTrainedModel) -> list[Region]:
     from carsam.models.family import find_sites
     from carsam.pack.layers import PackedLayer
 
+    sites = find_sites(model)
+    names = sites.family.names
+
     layers: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    bits: dict[str, Counter[str]] = {region: Counter() for region in REGIONS.values()}
-    for site in find_sites(model).layers:
+    bits: dict[str, Counter[str]] = {region: Counter() for region in names.region_titles}
+    for site in sites.layers:
         layer = model.get_submodule(site.name)
-        region = next(title for prefix, title in REGIONS.items() if site.name.startswith(prefix))
+        region = names.region(site.name)
         packed = isinstance(layer, PackedLayer)
         weights = layer.weight_bits if packed else getattr(layer, "weight_bits", 16)
         activations = layer.input_quantizer.bits if hasattr(layer, "input_quantizer") else 16
@@ -112,7 +111,7 @@ def region_rows(model: PreTrainedModel) -> list[Region]:
         layers[region] += 1
         sizes[region] += count
         bits[region][f"w{weights}a{activations}"] += 1
-    rows = [Region(name, layers[name], dict(bits[name].most_common()), sizes[name]) for name in REGIONS.values()]
+    rows = [Region(name, layers[name], dict(bits[name].most_common()), sizes[name]) for name in bits if layers[name]]
     return [*rows, Region("everything else", 0, {}, float16_bytes(model) // 2 - sum(sizes.values()))]
 
 

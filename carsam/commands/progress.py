@@ -161,9 +161,8 @@ class RunProgress:
         if unit < len(self._units):
             self.course.stage("units", 0, 0)
             self.course.kept(unit) if kept else self.course.unit(unit, step)
-        # Short enough for the longest name, its bar and its steps on 80 columns.
-        for prefix, short in (("mask_decoder.transformer.", "decoder."), ("vision_encoder.", "encoder.")):
-            name = name.replace(prefix, short)
+            # Short enough for the longest name, its bar and its steps on 80 columns.
+            name = (self._units[unit].short or self._units[unit].name) + (KEPT if kept else "")
         self._show((unit, kept), f"unit {unit + 1}/{n_units}  {name}", f"step {step}/{n_steps}" if n_steps else "")
 
     def _show(self, stage: object, position: str, detail: str) -> None:

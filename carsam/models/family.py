@@ -20,19 +20,18 @@ hook                   says
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from carsam.errors import CheckpointError
+from carsam.models.names import Names
 from carsam.models.sites import Sites
+from carsam.plugins import import_modules, load_plugins
 
 if TYPE_CHECKING:
     from carsam.models.attention import MatMulQuantizers
@@ -81,15 +80,13 @@ class Family(ABC):
 
     Attributes:
         name: Of the folder.
-        title: For people: "SAM".
+        names: How its modules are called for people, and what ``model_type`` in ``config.json`` may say.
         model_class: transformers' class, or one derived from it; the most specific one that a model is an instance of
             decides its family.
-        model_types: What ``model_type`` in ``config.json`` may say.
     """
 
     name: ClassVar[str] = ""
-    title: ClassVar[str] = ""
-    model_types: ClassVar[tuple[str, ...]] = ()
+    names: ClassVar[Names] = Names()
 
     @property
     @abstractmethod
@@ -251,12 +248,7 @@ class Family(ABC):
 
 @functools.cache
 def _import_families() -> None:
-    from carsam.plugins import load_plugins
-
-    package = Path(__file__).parent
-    for module in pkgutil.iter_modules([str(package)]):
-        if module.ispkg and (package / module.name / "family.py").is_file():
-            importlib.import_module(f"carsam.models.{module.name}.family")
+    import_modules("carsam.models", "family")
     load_plugins()
 
 
@@ -288,7 +280,7 @@ def family_of(model: nn.Module) -> Family:
 
 def family_of_type(model_type: object) -> Family | None:
     """The family of a ``config.json`` with this ``model_type``; None where carsam has none."""
-    return next((family for family in families().values() if model_type in family.model_types), None)
+    return next((family for family in families().values() if model_type in family.names.model_types), None)
 
 
 def supported_classes() -> str:

@@ -118,7 +118,7 @@ def _check_kind(config: dict[str, Any], source: str) -> None:
         note = " SAM 2 is not supported yet." if str(kind).startswith("sam2") else ""
         if kind == "sam_hq":
             note = " SAM-HQ is not supported."
-        known = " or ".join(f'"{name}"' for family in families().values() for name in family.model_types)
+        known = " or ".join(f'"{name}"' for family in families().values() for name in family.names.model_types)
         raise CheckpointError(
             f"{source} is a model of type {kind!r}, not {known}.{note} Use a SAM such as {HUB_EXAMPLE}."
         )

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from carsam.errors import CarsamError
+from carsam.models.names import Names, names_of_type
 from carsam.output.files import write_text
 from carsam.pack.folder import CARD, portable
 from carsam.pack.stand_in import is_stand_in
@@ -47,10 +48,11 @@ def model_card(
 
     base, packing = str(recipe.get("model") or ""), config["quantization_config"]
     name = f"{PurePosixPath(base).stem or 'sam'}-{packing['bits']}"
+    names = names_of_type(config.get("model_type"))
     data = ModelCardData(
         # The Hub takes ids only, and refuses a card with a folder's name here.
         base_model=base if _is_id(base) else None,
-        library_name="transformers",
+        library_name=names.library,
         license=licence,
         pipeline_tag="mask-generation",
         tags=list(TAGS),
@@ -74,6 +76,7 @@ def model_card(
         table=table,
         scores=scores_part(results),
         quoted=name.replace('"', ""),
+        transformers=_with_transformers(names, name.replace('"', "")),
         shell=shlex.quote(name),
         command=command(recipe, packing, name),
     )
@@ -116,7 +119,7 @@ def with_scores(text: str, results: Mapping[str, Any]) -> str:
 
 def with_id(text: str, hub_id: str) -> str:
     """A card whose examples open the model by its Hub id."""
-    text = re.sub(r'(carsam\.load\(|SamModel\.from_pretrained\()"[^"\n]*"', rf'\g<1>"{hub_id}"', text)
+    text = re.sub(r'(carsam\.load\(|\b\w+\.from_pretrained\()"[^"\n]*"', rf'\g<1>"{hub_id}"', text)
     return re.sub(r"(carsam predict )\S+( photo\.jpg)", rf"\g<1>{hub_id}\g<2>", text)
 
 
@@ -234,6 +237,14 @@ def _base(base: str) -> str:
     return f"[{base}]({HUB_URL}{base})" if _is_id(base) else base or "not known"
 
 
+def _with_transformers(names: Names, name: str) -> str:
+    """How transformers opens the model: by its own class, or by another package's, which it then knows."""
+    if names.library == "transformers":
+        return f'After `import carsam`, transformers\' `{names.model_class}.from_pretrained("{name}")` works too.'
+    text = f'After `import carsam`, transformers\' `AutoModel.from_pretrained("{name}")` works too: it gives a '
+    return f"{text}`{names.model_class}`,\na class of {names.library} that transformers itself does not have."
+
+
 def _number(value: Any) -> str:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     return f"{value:.1f}" if plain and math.isfinite(value) and abs(value) < 1e6 else ""
@@ -279,7 +290,7 @@ predictor.set_image(image)                                  # (H, W, 3) uint8
 masks, scores, low_res = predictor.predict(box=box)
 ```
 
-After `import carsam`, transformers' `SamModel.from_pretrained("{quoted}")` works too. Without the import it stops with
+{transformers} Without the import it stops with
 an error that says so. The file is small; inference computes in floating point on its integers and is not faster.
 
 ## How it was made

@@ -79,7 +79,7 @@ class Cell:
     """A site in :func:`bit_map`.
 
     Attributes:
-        layer, part: Its headings: ``qkv`` and ``in``, ``w``, ``Q``, …
+        layer, part: Its headings: the layer and ``in``, ``w``, ``Q``, …
         weight: Weights (a square) or an activation (rounded).
         bits: None where it is not known.
         error: Drawn as a bar below the cell; None for no bar.
@@ -344,8 +344,7 @@ def _map_headings(signature: Sequence[tuple[str, str]], width: float, y: float) 
         parts.append(text(x + width / 2, y + 25, part, "tick", anchor="middle"))
         if index + 1 == len(signature) or signature[index + 1][0] != layer:
             left, right = _LABEL + width * start + 0.3, x + width - 0.3
-            heading = {"out_proj": "out", "attention": "matmul"}.get(layer, layer)
-            parts.append(text((left + right) / 2, y + 10, heading, "tick", anchor="middle"))
+            parts.append(text((left + right) / 2, y + 10, layer, "tick", anchor="middle"))
             parts.append(line(left, y + 14, right, y + 14, "axis"))
             start = index + 1
     return parts

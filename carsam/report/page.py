@@ -10,10 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from carsam.evaluate.intervals import Difference
+from carsam.models.names import Names
 from carsam.output.files import write_text
 from carsam.report import charts, numbers
 from carsam.report.changes import few_objects, find_changes
-from carsam.report.order import short
 from carsam.report.pictures import Pictures
 from carsam.report.sections import all_sections
 from carsam.report.sections.accuracy import DIAGNOSIS, comparable, has_truth, scores
@@ -64,7 +64,7 @@ def render(source: Source) -> Report:
     """The page of a folder that was read; the same folder gives the same page."""
     pictures = Pictures(source.pictures)
     sections = all_sections(source, pictures)
-    template = _environment().get_template("report.html.j2")
+    template = _environment(source.names).get_template("report.html.j2")
     context = {"sections": sections, "summary": summary(source, sections), "refused": pictures.refused}
     # Once without pictures: what they may take is what the rest leaves.
     pictures.encode(0)
@@ -118,7 +118,7 @@ def breakable(name: Any) -> Markup:
     return Markup(text)
 
 
-def _environment() -> Environment:
+def _environment(names: Names) -> Environment:
     environment = Environment(
         loader=PackageLoader("carsam.report"),
         autoescape=True,
@@ -127,7 +127,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(
         breakable=breakable,
-        short=short,
+        short=names.short,
         number=numbers.number,
         whole=numbers.whole,
         decimal=numbers.decimal,

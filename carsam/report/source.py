@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from carsam.errors import CheckpointError, DataError
+from carsam.models.names import Names, names_of_type
 from carsam.pack.stand_in import is_stand_in
 from carsam.reading import cleaned, parse_yaml, read_json, read_text
 from carsam.report.limits import check_amounts, shortened
@@ -48,6 +49,7 @@ class Source:
         folder: Where it is.
         config: ``config.json``.
         sites: Every quantized site, in execution order.
+        names: How its family calls its modules.
         recipe_text: ``recipe.yaml``; None where there is none.
         recipe: The same as a mapping.
         quantization, evaluation: Parts of ``results.json``; empty where they were not measured.
@@ -60,6 +62,7 @@ class Source:
     folder: Path
     config: dict[str, Any]
     sites: list[Site]
+    names: Names = field(default_factory=Names)
     recipe_text: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +114,8 @@ def read_source(folder: str | Path, float_scores: str | Path | None = None) -> S
     packing = mapping(config.get("quantization_config"))
     if packing.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is not a packed carsam model; give the folder that carsam quantize wrote.")
-    sites = layout_sites(mapping(packing.get("layout")))
+    names = names_of_type(config.get("model_type"))
+    sites = layout_sites(mapping(packing.get("layout")), names)
     if not sites:
         raise CheckpointError(f"{folder / CONFIG} names no quantized layer; {fix}.")
     if len(sites) > _MAX_SITES:
@@ -129,6 +133,7 @@ def read_source(folder: str | Path, float_scores: str | Path | None = None) -> S
         folder=folder,
         config=config,
         sites=sites,
+        names=names,
         recipe_text=recipe_text,
         recipe=shortened(mapping(parse_yaml(recipe_text or "", str(folder / RECIPE), fix))),
         quantization=mapping(results.get("quantization")),

@@ -23,11 +23,13 @@ class PlannedUnit:
         name: Its own.
         kind: ``encoder`` or ``decoder``: units of one kind take similar times a step.
         steps: Of the optimiser.
+        short: A shorter name for people.
     """
 
     name: str
     kind: str
     steps: int
+    short: str = ""
 
 
 @runtime_checkable

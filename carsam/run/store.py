@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from carsam.compensate.mac import MacReport
 from carsam.data.images.transforms import preprocessor_config
 from carsam.errors import CarsamError
 from carsam.methods.base import registry
+from carsam.models.family import families
 from carsam.output.files import whole_file
 from carsam.plugins import outside_sources
 from carsam.quantizers import QuantizedLayer, SiteQuantizer, activation_grids, softmax_grids
@@ -49,6 +51,8 @@ _PRESENTATION = (
     "run/memory.py",
     "run/progress.py",
 )
+# What families call their modules for people.
+_NAMES = "models/*names.py"
 # What comes after the units: a change there leaves finished units as good as they were.
 _AFTER_UNITS = (
     "diagnose/",
@@ -102,17 +106,19 @@ def versions(*more: str) -> dict[str, str]:
 def code_fingerprint(*, scores: bool = False) -> str:
     """SHA-256 of the sources that decide the numbers of units, and with ``scores`` also those of measurements.
 
-    Sources of other packages that bring methods or grids count as well.
+    Sources of other packages that bring families, methods or grids count as well.
     """
     package = Path(__file__).parent.parent
     left_out = _PRESENTATION if scores else _PRESENTATION + _AFTER_UNITS
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
-        if not name.startswith(left_out):
+        if not name.startswith(left_out) and not fnmatch(name, _NAMES):
             digest.update(name.encode())
             digest.update(path.read_bytes())
-    for name, path in outside_sources((*registry().values(), *activation_grids().values(), *softmax_grids().values())):
+    outside = (*map(type, families().values()), *registry().values())
+    outside += (*activation_grids().values(), *softmax_grids().values())
+    for name, path in outside_sources(outside):
         digest.update(name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

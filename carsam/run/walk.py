@@ -75,8 +75,12 @@ class Walk:
         self.report = WalkReport()
         if isinstance(context.progress, StageProgress):
             kinds = {stage.name: part.name for part in self.parts for stage in part.stages}
+            short = sites.family.names.short
             context.progress.expect(
-                [PlannedUnit(unit.name, kinds[unit.stage], method.steps_for(unit, sites)) for unit in self.units]
+                [
+                    PlannedUnit(unit.name, kinds[unit.stage], method.steps_for(unit, sites), short(unit.name))
+                    for unit in self.units
+                ]
             )
 
     def run(self) -> WalkReport:

@@ -78,7 +78,12 @@ def test_lines_of_a_run(capsys):
         run.stage("proposals", 0, 2)
         run.stage("proposals", 2, 2)
         run.stage("units", 0, 2)
-        run.expect(UNITS[:2])
+        run.expect(
+            [
+                PlannedUnit("vision_encoder.layers.0", "encoder", 50, "encoder.layers.0"),
+                PlannedUnit("mask_decoder.transformer.layers.0", "decoder", 50, "decoder.layers.0"),
+            ]
+        )
         run(0, 2, "vision_encoder.layers.0" + KEPT, 0, 0)
         run(1, 2, "mask_decoder.transformer.layers.0", 0, 50)
         run(1, 2, "mask_decoder.transformer.layers.0", 50, 50)

@@ -17,6 +17,7 @@ from carsam.models.folder import check_image_size
 from carsam.models.sam import decoder, encoder, forward, meta
 from carsam.models.sam.attention import QuantizedVisionAttention
 from carsam.models.sam.declared import check_declared, too_large
+from carsam.models.sam.names import SamNames
 from carsam.models.sites import AttentionSite, LayerSite, Sites
 from carsam.reconstruct.units import Unit
 
@@ -32,8 +33,7 @@ class Sam(Family):
     """
 
     name = "sam"
-    title = "SAM"
-    model_types = ("sam",)
+    names = SamNames()
 
     @property
     def model_class(self) -> type[PreTrainedModel]:

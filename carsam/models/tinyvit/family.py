@@ -19,6 +19,7 @@ from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION, AttentionSite, Laye
 from carsam.models.tinyvit.declared import check_declared
 from carsam.models.tinyvit.meta import ANCHOR, tinyvit_from_meta
 from carsam.models.tinyvit.modeling import TinyVitBlock, TinyVitSamModel, partition
+from carsam.models.tinyvit.names import TinyVitNames
 
 # Of a convolutional block and of a merge; of a block with attention, in execution order.
 CONVOLUTIONS = {"conv1": "", "conv2": "", "conv3": ""}
@@ -33,8 +34,7 @@ class TinyVit(Sam):
     """
 
     name = "tinyvit"
-    title = "TinyViT SAM"
-    model_types = ("tinyvit_sam",)
+    names = TinyVitNames()
 
     @property
     def model_class(self) -> type[PreTrainedModel]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from carsam.models.names import Names
 from carsam.report import numbers
 from carsam.report.charts import Dot, DotRow, dot_rows
-from carsam.report.order import compact, entries
+from carsam.report.order import entries
 from carsam.report.pictures import Pictures
 from carsam.report.sections.base import Section, diagnosed
 from carsam.report.source import Source
@@ -22,7 +23,7 @@ def section(source: Source, pictures: Pictures) -> Section:
     """The section."""
     diagnosis = source.diagnosis or {}
     attentions = entries(diagnosis.get("attentions"))
-    maps = [_heat_map(entry, pictures) for entry in entries(diagnosis.get("heat_maps"))[:_MOST_MAPS]]
+    maps = [_heat_map(entry, pictures, source.names) for entry in entries(diagnosis.get("heat_maps"))[:_MOST_MAPS]]
     view = None
     if attentions or maps:
         view = {
@@ -30,7 +31,7 @@ def section(source: Source, pictures: Pictures) -> Section:
             "more_maps": maps[_FIRST_MAPS:],
             "attentions": attentions,
             "charts": [
-                (stage, _chart(stage, [a for a in attentions if a.get("stage") == stage]))
+                (stage, _chart(stage, [a for a in attentions if a.get("stage") == stage], source.names))
                 for stage in ("decoder", "encoder")
                 if any(a.get("stage") == stage for a in attentions)
             ],
@@ -60,10 +61,10 @@ def spread(entropy: Any, keys: Any) -> float | None:
     return 100 * entropy / math.log(keys)
 
 
-def _chart(stage: str, attentions: list[dict[str, Any]]) -> Any:
+def _chart(stage: str, attentions: list[dict[str, Any]], names: Names) -> Any:
     rows, words = [], []
     for attention in attentions:
-        keys, name = attention.get("keys"), compact(attention.get("name"))
+        keys, name = attention.get("keys"), names.compact(attention.get("name"))
         floating, quantized = (spread(attention.get(f"entropy_{which}"), keys) for which in ("float", "quantized"))
         values = f"{numbers.number(floating)} → {numbers.number(quantized)} %"
         heads = [
@@ -87,8 +88,8 @@ def _chart(stage: str, attentions: list[dict[str, Any]]) -> Any:
     )
 
 
-def _heat_map(entry: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
-    name, image = compact(entry.get("attention")), str(entry.get("image", ""))
+def _heat_map(entry: dict[str, Any], pictures: Pictures, names: Names) -> dict[str, Any]:
+    name, image = names.compact(entry.get("attention")), str(entry.get("image", ""))
     return {
         **entry,
         "name": name,

@@ -8,7 +8,7 @@ from typing import Any
 
 from carsam.report import numbers
 from carsam.report.charts import Cell, MapRow, bit_map, bits_class, error_scale
-from carsam.report.order import Site, entries, row_label, short
+from carsam.report.order import Site, entries
 from carsam.report.sections.base import Section, percent
 from carsam.report.source import Source
 
@@ -26,7 +26,7 @@ def section(source: Source) -> Section:
         sites.append(
             {
                 "site": site,
-                "short": short(site.name),
+                "short": source.names.short(site.name),
                 "error": numbers.finite(measured.get("error")),
                 "iou": percent(measured.get("iou")),
                 "weight_error": numbers.finite(weight_errors.get(site.name)) if site.kind == "weight" else None,
@@ -36,7 +36,7 @@ def section(source: Source) -> Section:
     key = "error" if any(entry["error"] is not None for entry in sites) else "weight_error"
     scale = error_scale([entry[key] for entry in sites])
     rows = [
-        MapRow(row_label(group), [_cell(entry, key) for entry in members])
+        MapRow(source.names.row_label(group), [_cell(entry, key, _heading(entry, source)) for entry in members])
         for group, members in groupby(sites, key=lambda entry: entry["site"].group)
     ]
     view: dict[str, Any] = {
@@ -59,7 +59,12 @@ def section(source: Source) -> Section:
     return Section("network", "Network map", view)
 
 
-def _cell(entry: dict[str, Any], key: str) -> Cell:
+def _heading(entry: dict[str, Any], source: Source) -> str:
+    layer = entry["site"].layer
+    return "matmul" if layer == "attention" else source.names.headings.get(layer, layer)
+
+
+def _cell(entry: dict[str, Any], key: str, heading: str) -> Cell:
     site: Site = entry["site"]
     words = f"{site.name.removesuffix('.input') if site.part == 'in' else site.name}, {site.role}: "
     words += f"{numbers.whole(site.bits)} bits"
@@ -68,7 +73,7 @@ def _cell(entry: dict[str, Any], key: str) -> Cell:
     if entry[key] is not None:
         words += f", error {numbers.number(entry[key], 2)}"
     bits = numbers.finite(site.bits)
-    return Cell(site.layer, site.part, site.kind == "weight", bits, entry[key], words)
+    return Cell(heading, site.part, site.kind == "weight", bits, entry[key], words)
 
 
 def _counts(sites: list[Site]) -> list[tuple[str, str, int]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from carsam.models.names import Names
 from carsam.report import numbers
 from carsam.report.charts import Dot, DotRow, Series, dot_rows, line_chart
-from carsam.report.order import compact, entries, mapping, numbers_of
+from carsam.report.order import entries, mapping, numbers_of
 from carsam.report.sections.base import Section, diagnosed
 from carsam.report.source import Source
 
@@ -28,7 +29,7 @@ def section(source: Source) -> Section:
     view = None
     if stages and moments:
         for number, moment in enumerate(moments, 1):
-            moment["number"], moment["title"] = number, _title(moment.get("after"))
+            moment["number"], moment["title"] = number, _title(moment.get("after"), source.names)
         curves = _curves(moments)
         neighbours = entries(oscillation.get("neighbours"))
         view = {
@@ -41,14 +42,14 @@ def section(source: Source) -> Section:
             "chart": _chart(stages, curves),
             "neighbours": neighbours,
             "swings": sum(1 for n in neighbours if _worse(n)),
-            "neighbour_chart": _neighbour_chart(neighbours) if neighbours else None,
+            "neighbour_chart": _neighbour_chart(neighbours, source.names) if neighbours else None,
         }
     return diagnosed(source, "oscillation", "Oscillation", view, "errors of the decoder's stages")
 
 
-def _title(after: Any) -> str:
+def _title(after: Any, names: Names) -> str:
     after = str(after)
-    return after if "." not in after else f"after {compact(after)}"
+    return after if "." not in after else f"after {names.compact(after)}"
 
 
 def _curves(moments: list[dict[str, Any]]) -> list[Series]:
@@ -90,13 +91,13 @@ def _worse(neighbour: dict[str, Any]) -> bool:
     return before is not None and after is not None and after > before
 
 
-def _neighbour_chart(neighbours: list[dict[str, Any]]) -> Any:
+def _neighbour_chart(neighbours: list[dict[str, Any]], names: Names) -> Any:
     rows, words = [], []
     for neighbour in neighbours:
         before, after = (numbers.finite(neighbour.get(key)) for key in ("before", "after"))
         verdict = "worse" if _worse(neighbour) else "not worse"
         values = f"{numbers.number(before, 2)} → {numbers.number(after, 2)}"
-        label = f"{compact(neighbour.get('stage'))}, neighbour {compact(neighbour.get('neighbour'))}"
+        label = f"{names.compact(neighbour.get('stage'))}, neighbour {names.compact(neighbour.get('neighbour'))}"
         words.append(f"{label}: {values}, {verdict}")
         dots = [
             Dot(before, "before", "circle", f"{label}, before: {numbers.number(before)}"),

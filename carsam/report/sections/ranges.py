@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+from carsam.models.names import Names
 from carsam.report import numbers
 from carsam.report.charts import histogram
-from carsam.report.order import entries, execution_key, group_of, mapping, numbers_of, short
+from carsam.report.order import entries, mapping, numbers_of
 from carsam.report.sections.base import Section, diagnosed
 from carsam.report.source import Source
 
@@ -18,13 +19,13 @@ _MUCH_CLIPPED = 0.01
 
 def section(source: Source) -> Section:
     """The section."""
-    sites = [_site(entry) for entry in entries((source.diagnosis or {}).get("sites"))]
-    sites.sort(key=lambda site: execution_key(site["name"]))
+    sites = [_site(entry, source.names) for entry in entries((source.diagnosis or {}).get("sites"))]
+    sites.sort(key=lambda site: source.names.execution_key(site["name"]))
     notable = [site for site in sites if (site["clipped"] or 0) >= _MUCH_CLIPPED or (site["modes"] or 0) > 1]
     notable.sort(key=lambda site: -(site["clipped"] or 0))
     groups = [
-        {"name": name, "short": short(name), **_summary(list(members))}
-        for name, members in groupby(sites, key=lambda site: group_of(site["name"]))
+        {"name": name, "short": source.names.short(name), **_summary(list(members))}
+        for name, members in groupby(sites, key=lambda site: source.names.group(site["name"]))
     ]
     view = None
     if sites:
@@ -39,19 +40,19 @@ def section(source: Source) -> Section:
     return diagnosed(source, "ranges", "Ranges", view, "ranges of activations")
 
 
-def _site(entry: dict[str, Any]) -> dict[str, Any]:
+def _site(entry: dict[str, Any], names: Names) -> dict[str, Any]:
     name = str(entry.get("site", ""))
     values = {
         key: numbers.finite(entry.get(key)) for key in ("low", "high", "grid_low", "grid_high", "clipped", "modes")
     }
     bins = mapping(entry.get("histogram"))
     counts = [numbers.finite(count) for count in numbers_of(bins.get("counts"))]
-    title = f"Histogram of {short(name)}"
+    title = f"Histogram of {names.short(name)}"
     if values["low"] is not None and values["high"] is not None:
         title += f", from {numbers.number(values['low'])} to {numbers.number(values['high'])}"
     return {
         "name": name,
-        "short": short(name),
+        "short": names.short(name),
         "grid": str(entry.get("grid") or ""),
         "bits": entry.get("bits"),
         **values,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from carsam.models.names import Names
 from carsam.report import numbers
 from carsam.report.charts import Dot, DotRow, dot_rows
-from carsam.report.order import compact, entries, region, short
+from carsam.report.order import entries
 from carsam.report.sections.base import Section, diagnosed, percent
 from carsam.report.source import Source
 
@@ -15,7 +16,7 @@ _TOP = 15
 
 def section(source: Source) -> Section:
     """The section."""
-    ranking = [_entry(entry) for entry in entries((source.diagnosis or {}).get("sensitivity"))]
+    ranking = [_entry(entry, source.names) for entry in entries((source.diagnosis or {}).get("sensitivity"))]
     ranking.sort(key=lambda entry: -(entry["error"] if entry["error"] is not None else -1.0))
     view = None
     if ranking:
@@ -26,17 +27,17 @@ def section(source: Source) -> Section:
             "top": ranking[:_TOP],
             "shares": {kind: kinds.count(kind) for kind in ("weight", "activation")},
             "largest": ranking[0] if errors else None,
-            "decoder": sum(1 for entry in ranking[:_TOP] if region(entry["site"]) == "decoder transformer"),
-            "chart": _chart(ranking[:_TOP]),
+            "decoder": sum(1 for entry in ranking[:_TOP] if source.names.in_decoder(entry["site"])),
+            "chart": _chart(ranking[:_TOP], source.names),
         }
     return diagnosed(source, "sensitivity", "Sensitivity", view, "sensitivities of single sites")
 
 
-def _entry(entry: dict[str, Any]) -> dict[str, Any]:
+def _entry(entry: dict[str, Any], names: Names) -> dict[str, Any]:
     site, kind = str(entry.get("site", "")), str(entry.get("kind", ""))
     return {
         "site": site,
-        "short": short(site),
+        "short": names.short(site),
         "kind": kind,
         "words": "weights" if kind == "weight" else "activation",
         "bits": entry.get("bits"),
@@ -45,12 +46,12 @@ def _entry(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _chart(top: list[dict[str, Any]]) -> Any:
+def _chart(top: list[dict[str, Any]], names: Names) -> Any:
     rows = []
     for entry in top:
         weight = entry["kind"] == "weight"
         dot = Dot(entry["error"], "weight" if weight else "activation", "square" if weight else "circle")
-        rows.append(DotRow(compact(entry["site"]), [dot], numbers.number(entry["error"], 2)))
+        rows.append(DotRow(names.compact(entry["site"]), [dot], numbers.number(entry["error"], 2)))
     words = "; ".join(f"{entry['short']}, {entry['words']}: {numbers.number(entry['error'], 2)}" for entry in top)
     return dot_rows(
         rows,

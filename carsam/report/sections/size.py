@@ -7,7 +7,6 @@ from typing import Any
 
 from carsam.report import numbers
 from carsam.report.charts import BarRow, bar_rows
-from carsam.report.order import REGIONS, region
 from carsam.report.sections.base import Section
 from carsam.report.source import Source
 
@@ -43,7 +42,8 @@ class RegionSize:
 def region_sizes(source: Source) -> list[RegionSize]:
     """Sizes by region; empty where the weights file is not there."""
     weight_bits = {site.name: numbers.finite(site.bits) for site in source.sites if site.kind == "weight"}
-    sizes = {title: RegionSize(title) for title in (*REGIONS, _REST)}
+    region = source.names.region
+    sizes = {title: RegionSize(title) for title in (*source.names.region_titles, _REST)}
     for name, tensor in source.tensors.items():
         layer, _, leaf = name.rpartition(".")
         owner = next((path for path in (layer, layer.removesuffix(".input_quantizer")) if path in weight_bits), None)

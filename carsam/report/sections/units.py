@@ -6,10 +6,11 @@ import math
 from statistics import median
 from typing import Any
 
+from carsam.models.names import Names
 from carsam.report import numbers
 from carsam.report.charts import Series, line_chart
 from carsam.report.commands import quantize_command
-from carsam.report.order import compact, entries, mapping, numbers_of, region, short
+from carsam.report.order import entries, mapping, numbers_of
 from carsam.report.sections.base import Section, mean
 from carsam.report.source import Source
 
@@ -32,7 +33,7 @@ def section(source: Source) -> Section:
             return Section("units", title, None, missing, absent="none")
         missing = "results.json does not say how the quantization went. The command that makes the folder notes it."
         return Section("units", title, None, missing, quantize_command(source))
-    shown = [_unit(index, unit) for index, unit in enumerate(units, 1)]
+    shown = [_unit(index, unit, source.names) for index, unit in enumerate(units, 1)]
     with_losses = [unit for unit in shown if unit["chart"]]
     view = {
         "units": shown,
@@ -42,13 +43,13 @@ def section(source: Source) -> Section:
         "steps": sum(unit["steps"] or 0 for unit in shown),
         "chart": _depth_chart(shown) if shown else None,
         "better": sum(1 for unit in shown if _better(unit["mean_before"], unit["mean_after"])),
-        "transforms": _transforms(transforms) if transforms else None,
+        "transforms": _transforms(transforms, source.names) if transforms else None,
         "compensations": [_compensation(entry) for entry in compensations],
     }
     return Section("units", "Reconstruction", view)
 
 
-def _unit(index: int, unit: dict[str, Any]) -> dict[str, Any]:
+def _unit(index: int, unit: dict[str, Any], names: Names) -> dict[str, Any]:
     name = str(unit.get("unit", ""))
     before, after = ([numbers.finite(e) for e in numbers_of(unit.get(key))] for key in ("before", "after"))
     losses = [
@@ -59,16 +60,16 @@ def _unit(index: int, unit: dict[str, Any]) -> dict[str, Any]:
     return {
         "index": index,
         "name": name,
-        "short": short(name),
-        "compact": compact(name),
-        "encoder": region(name).startswith("encoder"),
+        "short": names.short(name),
+        "compact": names.compact(name),
+        "encoder": not names.in_decoder(name),
         "steps": numbers.finite(unit.get("steps")),
         "seconds": numbers.finite(unit.get("seconds")),
         "before": before,
         "after": after,
         "mean_before": mean(before),
         "mean_after": mean(after),
-        "chart": _loss_chart(index, compact(name), losses) if len(losses) > 1 else None,
+        "chart": _loss_chart(index, names.compact(name), losses) if len(losses) > 1 else None,
     }
 
 
@@ -124,16 +125,16 @@ def _compensation(entry: dict[str, Any]) -> dict[str, Any]:
     return {"attention": entry.get("attention"), **pairs, "change": ", ".join(branches)}
 
 
-def _transforms(transforms: list[dict[str, Any]]) -> dict[str, Any]:
+def _transforms(transforms: list[dict[str, Any]], names: Names) -> dict[str, Any]:
     """A table of what the method noted, whatever it is: every method has its own transforms."""
     keys = list(dict.fromkeys(key for transform in transforms for key in transform))[:_MOST_COLUMNS]
     return {
         "heads": [key.replace("_", " ").capitalize() for key in keys],
-        "rows": [[_plain(transform.get(key)) for key in keys] for transform in transforms],
+        "rows": [[_plain(transform.get(key), names) for key in keys] for transform in transforms],
     }
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, names: Names) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return numbers.MISSING if value is None else short(value)
+        return numbers.MISSING if value is None else names.short(value)
     return numbers.whole(value)
