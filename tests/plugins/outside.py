@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from carsam.methods.qdrop import QDrop
+from carsam.models.sites import MLP_OUT
 from carsam.quantizers import SiteQuantizer, SoftmaxQuantizer, current
 from carsam.quantizers.record import SiteRecord
 
@@ -101,10 +102,10 @@ class Toy(QDrop):
     def notes(self) -> str:
         return "; ".join(part for part in (super().notes, "second layers shifted") if part)
 
-    def quantizer_for(self, site: str, bits: int) -> SiteQuantizer:
-        if site.endswith("lin2.input"):
+    def quantizer_for(self, site: str, bits: int, role: str = "") -> SiteQuantizer:
+        if role == MLP_OUT:
             return ShiftedQuantizer(bits, widened=self.widened)
-        return super().quantizer_for(site, bits)
+        return super().quantizer_for(site, bits, role)
 
     def unit_settings(self, unit: Any, sites: Any) -> dict[str, Any]:
         return {**super().unit_settings(unit, sites), "widened": self.widened}
