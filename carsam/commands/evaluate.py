@@ -20,7 +20,7 @@ from carsam.commands.progress import Reporter
 from carsam.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from transformers import SamModel
+    from transformers import PreTrainedModel
 
     from carsam.evaluate.coco_metrics import Progress
     from carsam.evaluate.intervals import Difference
@@ -130,7 +130,7 @@ class _Data:
     points: bool
     quiet: bool
 
-    def measure(self, model: SamModel, journals: Journals, whose: str = "") -> _Run:
+    def measure(self, model: PreTrainedModel, journals: Journals, whose: str = "") -> _Run:
         """Evaluates a model with boxes and, where asked for, with clicks."""
         from carsam.evaluate.coco_metrics import evaluate_coco
         from carsam.evaluate.points import evaluate_points

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_utils
 from torch import Tensor
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.data.coco.annotations import Rle
 from carsam.data.coco.ground_truth import GroundTruth
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 
 def evaluate_coco(
-    model: SamModel,
+    model: PreTrainedModel,
     coco_file: str | Path,
     image_folder: str | Path,
     *,
@@ -119,7 +119,7 @@ def _result(truth: GroundTruth, scores: list[ImageScore], precision: Precision) 
 
 
 @contextlib.contextmanager
-def evaluating(model: SamModel, device: str | torch.device | None = None) -> Iterator[None]:
+def evaluating(model: PreTrainedModel, device: str | torch.device | None = None) -> Iterator[None]:
     """Evaluation mode, on ``device``, without gradients; mode and device are as before afterwards.
 
     Raises:
@@ -176,7 +176,7 @@ def require_finite(name: str, *outputs: Tensor) -> None:
 
 
 def box_masks(
-    model: SamModel, image: PromptedImage, image_size: int, prompts_per_batch: int
+    model: PreTrainedModel, image: PromptedImage, image_size: int, prompts_per_batch: int
 ) -> list[tuple[Rle, float]]:
     """One mask and its predicted IoU for each box of an image.
 

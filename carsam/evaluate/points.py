@@ -11,7 +11,7 @@ import torch
 from pycocotools import mask as mask_utils
 from scipy import ndimage
 from torch import Tensor
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.data.coco.ground_truth import GroundTruth
 from carsam.data.images.transforms import Geometry, Preprocessor
@@ -73,7 +73,7 @@ class PointResult:
 
 
 def evaluate_points(
-    model: SamModel,
+    model: PreTrainedModel,
     coco_file: str | Path,
     image_folder: str | Path,
     *,
@@ -139,7 +139,7 @@ def evaluate_points(
 
 
 def _click_image(
-    model: SamModel,
+    model: PreTrainedModel,
     preprocess: Preprocessor,
     truth: GroundTruth,
     index: int,
@@ -182,7 +182,7 @@ def _result(truth: GroundTruth, clicks: tuple[int, ...], tables: list[np.ndarray
 class _Session:
     """One image, ready for clicks."""
 
-    model: SamModel
+    model: PreTrainedModel
     embeddings: Tensor
     geometry: Geometry
     image_size: int

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.data.coco.annotations import CocoImage
 from carsam.data.coco.checks import check_calibration_boxes, log_respelled, oriented
@@ -53,7 +53,7 @@ class CalibrationSet:
 
 
 def calibration_set(
-    model: SamModel,
+    model: PreTrainedModel,
     images: str | Path,
     *,
     coco: str | Path | None = None,
@@ -134,7 +134,7 @@ class _Candidate:
     read: Callable[[Notes], tuple[np.ndarray, Prompter]]
 
 
-def _folder_candidates(model: SamModel, folder: str | Path, box_source: str) -> list[_Candidate]:
+def _folder_candidates(model: PreTrainedModel, folder: str | Path, box_source: str) -> list[_Candidate]:
     def prompt(name: str, pixel_values: Tensor, geometry: Geometry, count: int, rng: random.Random) -> PromptedImage:
         size = geometry.input_size
         found = propose_boxes(model, pixel_values, size, count) if box_source == "auto" else torch.zeros(0, 4)

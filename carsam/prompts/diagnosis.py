@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from carsam.data.coco.annotations import CocoImage
 from carsam.data.coco.checks import check_images
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def diagnosis_images(
-    model: SamModel, folder: str | Path, *, coco: str | Path | None, limit: int, prompts: int
+    model: PreTrainedModel, folder: str | Path, *, coco: str | Path | None, limit: int, prompts: int
 ) -> tuple[PromptedImage, ...]:
     """The first usable images of a COCO file, or of a folder by name.
 
@@ -54,7 +54,7 @@ def diagnosis_images(
 
 
 def _annotated(
-    model: SamModel, coco: str | Path, folder: str | Path, limit: int, prompts: int
+    model: PreTrainedModel, coco: str | Path, folder: str | Path, limit: int, prompts: int
 ) -> Iterator[PromptedImage]:
     folder = Path(folder)
     if not folder.is_dir():
@@ -86,7 +86,7 @@ def _coco_reader(instances: CocoInstances, image: CocoImage, folder: Path) -> Ca
     return lambda: instances.read_image(image, folder)
 
 
-def _proposed(model: SamModel, folder: str | Path, prompts: int) -> Iterator[PromptedImage]:
+def _proposed(model: PreTrainedModel, folder: str | Path, prompts: int) -> Iterator[PromptedImage]:
     preprocess = Preprocessor.for_model(model)
     for path in list_images(folder):
         try:
