@@ -10,10 +10,10 @@ own time, seen as the difference to the wall clock, is in the last column.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 
+import options
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -66,10 +66,10 @@ def measure(name: str, model, units: list[str], steps: int, images: int, prompts
     fit_weights(quantized, "min-max")  # what is measured is the loop; the search for grids is not part of it
     data = random_data(sites.family.image_size(model), images, prompts)
 
-    def profiled(model, unit, data, settings, *, steps, **options):
+    def profiled(model, unit, data, settings, *, steps, **others):
         if unit.name not in units:
-            return optimise(model, unit, data, settings, steps=0, **options)
-        optimise_only = dict(options, progress=None)
+            return optimise(model, unit, data, settings, steps=0, **others)
+        optimise_only = dict(others, progress=None)
         copy_ = copy.deepcopy(unit.modules(model))  # warm-up on the same weights, then back
         optimise(model, unit, data, settings, steps=1, **optimise_only)
         for path, fresh in zip(unit.scope, copy_):
@@ -79,26 +79,22 @@ def measure(name: str, model, units: list[str], steps: int, images: int, prompts
             losses = optimise(model, unit, data, settings, steps=steps, **optimise_only)
         wall = time.perf_counter() - started
         share, operators = share_of_products(profiler)
-        print(
-            f"| {name} | {unit.name} | {steps / wall:.2f} | {share:.0%} | {peak_memory() / 2**30:.1f} GiB "
-            f"| {1 - min(1, operators / wall):.0%} |",
-            flush=True,
-        )
+        outside = 1 - min(1, operators / wall)
+        memory = f"{peak_memory() / 2**30:.1f} GiB"
+        options.row(name, unit.name, f"{steps / wall:.2f}", f"{share:.0%}", memory, f"{outside:.0%}")
         return losses
 
     Walk(quantized, model, sites, method, data, "benchmark", RunContext(hooks=Hooks(optimise=profiled))).run()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(__doc__)
     parser.add_argument("--subjects", default="nano,litemedsam,vit-b", help="nano, litemedsam, vit-b, by commas")
     parser.add_argument("--steps", type=int, default=30, help="profiled steps of a unit of the embedded model")
     parser.add_argument("--large-steps", type=int, default=3, help="profiled steps of a unit of the larger ones")
     parser.add_argument("--images", type=int, default=2)
-    arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, carsam {carsam.__version__}")
-    print("| model | unit | steps/s | matrix products | peak memory | outside operators |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    arguments = options.parse(parser)
+    options.head("model", "unit", "steps/s", "matrix products", "peak memory", "outside operators")
     decoder = ["mask_decoder.transformer.layers.1.pair", "mask_decoder.transformer.final_attn_token_to_image"]
     if "nano" in arguments.subjects:
         units = ["vision_encoder.layers.0", "vision_encoder.layers.1", *decoder]

@@ -11,7 +11,6 @@ Memory growth is counted from the 100th image to the end, APs and intervals incl
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import options
 import torch
 from transformers import SamModel
 
@@ -74,7 +74,7 @@ def model_timed(module: Any, encode: Callable | None = None) -> Iterator[Clock]:
 
 def row(name: str, images: int, prompts: int, seconds: float, clock: Clock, growth: str = "-") -> None:
     outside = 100 * (1 - clock.seconds / seconds)
-    print(f"| {name} | {images} | {prompts} | {images / seconds:.2f} | {outside:.0f} % | {growth} |", flush=True)
+    options.row(name, images, prompts, f"{images / seconds:.2f}", f"{outside:.0f} %", growth)
 
 
 def evaluation(model: SamModel) -> None:
@@ -143,16 +143,15 @@ def long_evaluation(model: SamModel, count: int) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(__doc__)
     parser.add_argument("--model", default="embedded", help="embedded, vit-b, vit-l or vit-h (random weights)")
     parser.add_argument("--images", type=int, default=5000, help="of the long evaluation; 0 leaves it out")
-    arguments = parser.parse_args()
+    arguments = options.parse(parser)
     if arguments.model == "embedded":
         model = load_model(EMBEDDED / "sam-nano-256")
     else:
         model = random_sam(arguments.model).requires_grad_(False)
-    print("| what | images | prompts | images/s | share of time outside the model | memory growth |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    options.head("what", "images", "prompts", "images/s", "share of time outside the model", "memory growth")
     evaluation(model)
     prediction(model)
     if arguments.images:

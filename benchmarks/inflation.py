@@ -12,11 +12,11 @@ the latter.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 from pathlib import Path
 
+import options
 import torch
 from torch import Tensor, nn
 
@@ -72,22 +72,12 @@ def distance_from_integers(rounding: Rounding) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--images", required=True, help="folder of calibration images")
-    parser.add_argument("--coco", help="COCO file whose boxes prompt them; the model's own masks without")
-    parser.add_argument("--eval-images", required=True, help="image folder to measure on")
-    parser.add_argument("--eval-coco", required=True, help="its COCO file")
-    parser.add_argument("--n-images", type=int, default=32, help="calibration images")
-    parser.add_argument("--bits", default="w4a4")
+    parser = options.parser(__doc__)
+    options.add_data(parser, measured=True)
     parser.add_argument("--method", default="qdrop", choices=sorted(registry()))
-    parser.add_argument("--steps", type=int, help="optimiser steps of every unit; the method's own without")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="measure on the first images only")
-    arguments = parser.parse_args()
-    settings = {}
-    if arguments.steps is not None:
-        settings = {"reconstruction": {"steps": arguments.steps, "decoder_steps": arguments.steps}}
+    arguments = options.parse(parser)
+    settings = options.steps_of(arguments)
     data = CalibrationConfig(arguments.images, arguments.coco, arguments.n_images, seed=arguments.seed)
     config = QuantizeConfig(arguments.method, settings, arguments.bits, calibration=data)
 
@@ -111,7 +101,7 @@ def main() -> None:
         f"{arguments.method} at {arguments.bits.upper()}, {arguments.n_images} calibration images, seed "
         f"{arguments.seed}; h(α) is {distance_from_integers(rounding):.3f} steps from an integer in the mean.\n"
     )
-    print("| measured | segm AP | box AP | mean IoU | loss of mean IoU |\n| --- | --- | --- | --- | --- |")
+    options.head("measured", "segm AP", "box AP", "mean IoU", "loss of mean IoU")
     losses: list[float] = []
     for name, (model, state) in subjects.items():
         torch.manual_seed(arguments.seed)
@@ -120,7 +110,7 @@ def main() -> None:
         losses.append(losses[0] - scores.mean_iou if losses else scores.mean_iou)
         # The first entry is the float score, the second the honest loss that the others are shares of.
         loss = f"{losses[-1]:.1f} ({losses[-1] / losses[1]:.0%})" if len(losses) > 1 else ""
-        print(f"| {name} | {scores.segm_ap:.1f} | {scores.box_ap:.1f} | {scores.mean_iou:.1f} | {loss} |", flush=True)
+        options.row(name, *(f"{value:.1f}" for value in (scores.segm_ap, scores.box_ap, scores.mean_iou)), loss)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 
+import options
 import torch
 
 from carsam.calibrate.observers import RangeRecorder
@@ -29,8 +30,8 @@ IMAGES, PROMPTS, TOKENS, PIXELS, DIM = 32, 6, 7, 64 * 64, 256
 
 @torch.no_grad()
 def main() -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("| attention | solver | seconds | peak memory |\n| --- | --- | --- | --- |")
+    options.parse(options.parser(__doc__))
+    options.head("attention", "solver", "seconds", "peak memory")
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(IMAGES, PROMPTS, 1, TOKENS, DIM, generator=generator)
     image = torch.randn(IMAGES, PROMPTS, 1, PIXELS, DIM, generator=generator)
@@ -58,10 +59,8 @@ def main() -> None:
             started = time.perf_counter()
             compensate_attention(Coupled.of(model, site), runs, MacSettings(value=True, solver=solver))
             seconds = time.perf_counter() - started
-            print(
-                f"| {site.name.rpartition('.')[2]} | {solver} | {seconds:.1f} | {peak_memory() / 2**30:.1f} GiB |",
-                flush=True,
-            )
+            memory = f"{peak_memory() / 2**30:.1f} GiB"
+            options.row(site.name.rpartition(".")[2], solver, f"{seconds:.1f}", memory)
 
 
 if __name__ == "__main__":

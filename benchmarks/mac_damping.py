@@ -9,11 +9,11 @@ of PV (value branch) on those 32 images and on 16 others, everything quantized.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import options
 import torch
 from torch import nn
 
@@ -63,9 +63,9 @@ class Sweep(CarSam):
                 unseen.append(f"{mac.attention_errors(attention, held_out, original)[which]:.4f}")
                 change.append(f"{max(report.change.values()):.2f}")
                 restore(attention, saved)
-            print(f"| {short_name(attention.name)} | {branch} | 32 seen | {start:.4f} | {' | '.join(seen)} |")
-            print(f"| | | 16 held out | {before[which]:.4f} | {' | '.join(unseen)} |")
-            print(f"| | | ‖D‖/‖W‖ | | {' | '.join(change)} |", flush=True)
+            options.row(short_name(attention.name), branch, "32 seen", f"{start:.4f}", *seen)
+            options.row("", "", "16 held out", f"{before[which]:.4f}", *unseen)
+            options.row("", "", "‖D‖/‖W‖", "", *change)
         return mac.MacReport(attention.name)
 
     def compensate_once(self, attention: mac.Coupled, runs: list) -> mac.MacReport:
@@ -79,18 +79,14 @@ def short_name(path: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--images", required=True)
-    parser.add_argument("--coco", required=True)
-    parser.add_argument("--bits", default="w4a4")
-    arguments = parser.parse_args()
+    parser = options.parser(__doc__)
+    options.add_data(parser, measured=False)
+    arguments = options.parse(parser)
     BitPlan.parse(arguments.bits)
     model = carsam.load_model(arguments.model)
     count = SOLVED_ON + HELD_OUT
     data = carsam.calibration_set(model, arguments.images, coco=arguments.coco, n_images=count, minimum=count)
-    print("| attention | branch | images | without | " + " | ".join(f"λ {lam:g}" for lam in LAMBDAS) + " |")
-    print("| --- | --- | --- | --- |" + " --- |" * len(LAMBDAS))
+    options.head("attention", "branch", "images", "without", *(f"λ {lam:g}" for lam in LAMBDAS))
     no_steps = {"reconstruction": {"steps": 0, "decoder_steps": 0}, "granularity": "module"}
     carsam.quantize(model, data, QuantizeConfig(Sweep.name, no_steps, arguments.bits))
 

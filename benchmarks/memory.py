@@ -10,9 +10,9 @@ block at a time.
 
 from __future__ import annotations
 
-import argparse
 import time
 
+import options
 from calibration import random_data
 
 import carsam
@@ -25,14 +25,14 @@ BYTES_PER_WEIGHT = 4 + 4 + 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(__doc__)
     parser.add_argument("--size", default="vit-b")
     parser.add_argument("--blocks", type=int, help="keep only so many encoder blocks")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--boxes", type=int, default=6)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--cache-gb", type=float, default=6.0)
-    arguments = parser.parse_args()
+    arguments = options.parse(parser)
     model = random_sam(arguments.size).requires_grad_(False)
     layers = model.vision_encoder.layers
     left_out = sum(p.numel() for p in layers[arguments.blocks :].parameters()) if arguments.blocks else 0
@@ -43,16 +43,18 @@ def main() -> None:
     settings = {"reconstruction": {"steps": arguments.steps, "decoder_steps": arguments.steps}}
     started = time.perf_counter()
 
+    options.head("after", "peak memory", "unit")
+
     def progress(unit: int, n_units: int, name: str, step: int, n_steps: int) -> None:
         if step == 0:
             elapsed = time.perf_counter() - started
-            print(f"[{elapsed:6.0f} s] {peak_memory() / 2**30:5.1f} GiB  {unit + 1}/{n_units} {name}", flush=True)
+            options.row(f"{elapsed:.0f} s", f"{peak_memory() / 2**30:.1f} GiB", f"{unit + 1}/{n_units} {name}")
 
     carsam.quantize(
         model, data, QuantizeConfig(settings=settings), cache_gigabytes=arguments.cache_gb, progress=progress
     )
     peak, rest = peak_memory() / 2**30, left_out * BYTES_PER_WEIGHT / 2**30
-    print(f"peak {peak:.1f} GiB; blocks left out would add {rest:.1f} GiB: {peak + rest:.1f} GiB")
+    print(f"\npeak {peak:.1f} GiB; blocks left out would add {rest:.1f} GiB: {peak + rest:.1f} GiB")
 
 
 if __name__ == "__main__":

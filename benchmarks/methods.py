@@ -11,13 +11,14 @@ spends between units: their inputs and targets from both models.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import options
 
 import carsam
 from carsam.config import CalibrationConfig, QuantizeConfig
@@ -63,19 +64,11 @@ class Watch(Hooks):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--images", required=True, help="folder of calibration images")
-    parser.add_argument("--coco", help="COCO file whose boxes prompt them; the model's own masks without")
-    parser.add_argument("--eval-images", required=True, help="image folder to measure on")
-    parser.add_argument("--eval-coco", required=True, help="its COCO file")
-    parser.add_argument("--n-images", type=int, default=32, help="calibration images")
+    parser = options.parser(__doc__)
+    options.add_data(parser, measured=True)
     parser.add_argument("--methods", default=",".join(sorted(registry())))
-    parser.add_argument("--bits", default="w4a4")
-    parser.add_argument("--steps", type=int, help="optimiser steps of every unit; the methods' own without")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shared", action="store_true", help="methods share finished units")
-    arguments = parser.parse_args()
+    arguments = options.parse(parser)
 
     model = carsam.load_model(arguments.model)
     sites = find_sites(model)
@@ -83,14 +76,12 @@ def main() -> None:
     images = {"images": arguments.images, "coco": arguments.coco, "n_images": arguments.n_images}
     data = calibration_set(model, **images, seed=arguments.seed)
     print(f"calibration data: {time.perf_counter() - started:.1f} s, read once\n")
-    print(f"| method | {' | '.join(COLUMNS)} | total | steps/s |\n|{' --- |' * (len(COLUMNS) + 3)}")
+    options.head("method", *COLUMNS, "total", "steps/s")
     totals = []
     shared = tempfile.TemporaryDirectory() if arguments.shared else None
     for name in arguments.methods.split(","):
         kind = registry()[name]
-        settings = {}
-        if arguments.steps is not None and hasattr(kind(), "reconstruction"):
-            settings = {"reconstruction": {"steps": arguments.steps, "decoder_steps": arguments.steps}}
+        settings = options.steps_of(arguments) if hasattr(kind(), "reconstruction") else {}
         config = QuantizeConfig(name, settings, arguments.bits, calibration=CalibrationConfig(seed=arguments.seed))
         watch = Watch()
         started = time.perf_counter()
@@ -108,8 +99,7 @@ def main() -> None:
         spent["streams"] = quantized - sum(spent[column] for column in COLUMNS if column != "evaluate")
         steps = sum(unit.steps for unit in units)
         rate = f"{steps / (spent['encoder'] + spent['decoder']):.0f}" if steps else ""
-        cells = " | ".join(f"{spent[column]:.1f} s" for column in COLUMNS)
-        print(f"| {name} | {cells} | {total:.1f} s | {rate} |", flush=True)
+        options.row(name, *(f"{seconds:.1f} s" for seconds in (*(spent[column] for column in COLUMNS), total)), rate)
         totals.append(total)
     minutes = sum(totals) / 60
     print(

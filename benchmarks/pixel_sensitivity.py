@@ -2,17 +2,17 @@
 
     python benchmarks/pixel_sensitivity.py PACKED IMAGES [--float MODEL] [--noise 5e-7]
 
-Prints a row for every image: the activation codes at the first layer of each stage of the image encoder that differ,
-the stage where the first does, the largest difference of the embeddings relative to their range, and the least IoU of
-the masks of four boxes.
+Prints a row for every image, whose pixels move by up to the noise: the activation codes at the first layer of each
+stage of the image encoder that differ, the stage where the first does, the largest difference of the embeddings
+relative to their range, and the least IoU of the masks of four boxes.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import options
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ def watch(model: nn.Module, pixels: Tensor, inputs: dict[str, str]) -> tuple[Ten
 
 
 def measure(title: str, source: str, images: list[Path], noise: float, seed: int) -> None:
-    """Prints the table of one model."""
+    """Prints the rows of one model."""
     model = open_model(source)
     sites = find_sites(model)
     # The first quantized layer of every stage.
@@ -55,9 +55,6 @@ def measure(title: str, source: str, images: list[Path], noise: float, seed: int
         for name in sites.encoder_stages
     }
     preprocess = Preprocessor.for_model(model)
-    print(f"\n{title}: {source}, pixels moved by up to {noise:g}\n")
-    print("| image | codes that differ | first at | embeddings, largest difference / range | least IoU |")
-    print("| --- | --- | --- | --- | --- |")
     for path in images:
         pixels, geometry = preprocess(read_image(path))
         generator = torch.Generator().manual_seed(seed)
@@ -76,18 +73,20 @@ def measure(title: str, source: str, images: list[Path], noise: float, seed: int
         overlap, either = (masks[0] & masks[1]).sum((1, 2, 3)), (masks[0] | masks[1]).sum((1, 2, 3))
         iou = (overlap.float() / either.clamp(min=1)).masked_fill(either == 0, 1).min()
         codes = f"{sum(flips.values())} of {total}" if total else "-"
-        print(f"| {path.name} | {codes} | {first} | {float(change):.1e} | {float(iou):.4f} |")
+        options.row(title, path.name, codes, first, f"{float(change):.1e}", f"{float(iou):.4f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(__doc__)
     parser.add_argument("packed", help="packed folder or Hub id")
     parser.add_argument("images", type=Path, help="folder of images, or one")
     parser.add_argument("--float", dest="floating", help="float model to print beside it")
     parser.add_argument("--noise", type=float, default=5e-7)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = options.parse(parser)
     images = sorted(arguments.images.iterdir()) if arguments.images.is_dir() else [arguments.images]
+    columns = ("image", "codes that differ", "first at", "embeddings, largest difference / range", "least IoU")
+    options.head("model", *columns)
     for title, source in (("float", arguments.floating), ("packed", arguments.packed)):
         if source:
             measure(title, source, images, arguments.noise, arguments.seed)

@@ -8,13 +8,12 @@ back, and its file compared with the FP16 file of the same model.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+import options
 from calibration import random_data
 from safetensors.torch import save_file
 
@@ -29,12 +28,11 @@ LIMITS = {"vit-b": 0.30, "vit-l": 0.28, "vit-h": 0.28}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(__doc__)
     parser.add_argument("--sizes", default="vit-b,vit-l,vit-h")
     parser.add_argument("--bits", default="w4a4")
-    arguments = parser.parse_args()
-    print("| model | FP16 file | packed file | share | quantized and reloaded in | peak memory |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    arguments = options.parse(parser)
+    options.head("model", "FP16 file", "packed file", "share", "quantized and reloaded in", "peak memory")
     too_large = False
     for size in arguments.sizes.split(","):
         model = random_sam(size).requires_grad_(False)
@@ -54,11 +52,9 @@ def main() -> int:
             packed_bytes = folder_size(Path(folder) / "packed")
         share = packed_bytes / full_bytes
         too_large |= arguments.bits == "w4a4" and share > LIMITS[size]
-        print(
-            f"| {size} | {full_bytes / 1e6:.1f} MB | {packed_bytes / 1e6:.1f} MB | {share:.3f} "
-            f"| {time.perf_counter() - started:.0f} s | {peak_memory(torch.device('cpu')) / 2**30:.1f} GiB |",
-            flush=True,
-        )
+        seconds, memory = time.perf_counter() - started, peak_memory() / 2**30
+        files = (f"{count / 1e6:.1f} MB" for count in (full_bytes, packed_bytes))
+        options.row(size, *files, f"{share:.3f}", f"{seconds:.0f} s", f"{memory:.1f} GiB")
     return int(too_large)
 
 
