@@ -10,12 +10,12 @@ Differences of the mean IoU to the float model with their paired 95 % intervals.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import options
 import torch
 from torch import nn
 
@@ -81,14 +81,14 @@ def quantized(model: nn.Module, sites: Sites, plan: BitPlan, data, device: torch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(__doc__)
     parser.add_argument("model", help="what carsam quantize takes")
     parser.add_argument("--calibration", type=Path, default=IMAGES / "calibration", help="images/ and instances.json")
     parser.add_argument("--evaluation", type=Path, default=IMAGES / "evaluation", help="images/ and instances.json")
     parser.add_argument("--images", type=int, default=24, help="calibration images")
     parser.add_argument("--limit", type=int, help="measure on the first images only")
     parser.add_argument("--bits", default="w4a4")
-    arguments = parser.parse_args()
+    arguments = options.parse(parser)
     bits = Bits.parse(arguments.bits)
     model = carsam.load_model(arguments.model)
     sites = find_sites(model)
@@ -101,14 +101,14 @@ def main() -> None:
             return evaluate_coco(of, where / "instances.json", where / "images", limit=arguments.limit)
 
     floating = measure(model)
-    print(f"{arguments.model}, {bits}, {len(data.images)} calibration images; torch {torch.__version__}\n")
-    print("| at 4 bits | layers | mean IoU | difference to float |\n| --- | --- | --- | --- |")
-    print(f"| nothing (float) | 0 | {floating.mean_iou:.1f} | |", flush=True)
+    print(f"{bits}, {len(data.images)} calibration images\n")
+    options.head("at 4 bits", "layers", "mean IoU", "difference to float")
+    options.row("nothing (float)", 0, f"{floating.mean_iou:.1f}", "")
 
     def row(title: str, wider: Sites, plan: BitPlan, count: int) -> None:
         found = measure(quantized(model, wider, plan, data, model.device), weights=True, activations=True)
         difference = difference_interval(found.per_image, floating.per_image)
-        print(f"| {title} | {count} | {found.mean_iou:.1f} | {difference} |", flush=True)
+        options.row(title, count, f"{found.mean_iou:.1f}", difference)
 
     for title, holds in groups(model, sites).items():
         names = [site.name for site in sites.layers if holds(site.name)]
