@@ -22,14 +22,15 @@ from typing import Any
 
 import options
 import torch
-from transformers import SamModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
-import carsam.predict.predictor
 from carsam.data.boxes import clip_boxes
 from carsam.data.coco.instances import CocoInstances
-from carsam.evaluate import coco_metrics
 from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.evaluate.journal import Journals
+from carsam.models.family import family_of
+from carsam.models.forward import encode_image, watched
 from carsam.models.load import load_model
 from carsam.models.sam.random import random_sam
 from carsam.predict.predictor import SamPredictor
@@ -42,34 +43,32 @@ WARM = 100
 
 
 class Clock:
-    """Seconds spent in the functions that it wraps."""
+    """Seconds spent in both halves of a model, wherever carsam calls them.
 
-    def __init__(self) -> None:
+    Args:
+        embeddings: Given in the place of the encoder's.
+    """
+
+    def __init__(self, embeddings: Tensor | None = None) -> None:
         self.seconds = 0.0
+        self._embeddings = embeddings
 
-    def wrap(self, function: Callable) -> Callable:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - started
-            return result
-
-        return timed
+    def __call__(self, name: str, run: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        stubbed = name == "encode" and self._embeddings is not None
+        result = self._embeddings if stubbed else run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - started
+        return result
 
 
 @contextmanager
-def model_timed(module: Any, encode: Callable | None = None) -> Iterator[Clock]:
-    """Times encoder and decoder where ``module`` calls them; ``encode`` takes the encoder's place."""
-    clock = Clock()
-    before = module.encode_image, module.predict_logits
-    module.encode_image = clock.wrap(encode or before[0])
-    module.predict_logits = clock.wrap(before[1])
-    try:
+def model_timed(embeddings: Tensor | None = None) -> Iterator[Clock]:
+    """Times encoder and decoder inside the block."""
+    clock = Clock(embeddings)
+    with watched(clock):
         yield clock
-    finally:
-        module.encode_image, module.predict_logits = before
 
 
 def row(name: str, images: int, prompts: int, seconds: float, clock: Clock, growth: str = "-") -> None:
@@ -77,21 +76,21 @@ def row(name: str, images: int, prompts: int, seconds: float, clock: Clock, grow
     options.row(name, images, prompts, f"{images / seconds:.2f}", f"{outside:.0f} %", growth)
 
 
-def evaluation(model: SamModel) -> None:
+def evaluation(model: PreTrainedModel) -> None:
     evaluate_coco(model, EVALUATION / "instances.json", EVALUATION / "images", limit=1)
-    with model_timed(coco_metrics) as clock:
+    with model_timed() as clock:
         started = time.perf_counter()
         result = evaluate_coco(model, EVALUATION / "instances.json", EVALUATION / "images")
         seconds = time.perf_counter() - started
     row("evaluate", result.n_images, result.n_prompts, seconds, clock)
 
 
-def prediction(model: SamModel) -> None:
+def prediction(model: PreTrainedModel) -> None:
     """As the readme shows it: one image, then a call for each box."""
     instances = CocoInstances.from_file(EVALUATION / "instances.json")
     predictor = SamPredictor(model)
     prompts = 0
-    with model_timed(carsam.predict.predictor) as clock:
+    with model_timed() as clock:
         started = time.perf_counter()
         for image in instances.images:
             predictor.set_image(instances.read_image(image, EVALUATION / "images"))
@@ -120,8 +119,9 @@ def repeated(folder: Path, count: int) -> Path:
     return folder / "instances.json"
 
 
-def long_evaluation(model: SamModel, count: int) -> None:
-    embeddings = model.get_image_embeddings(torch.zeros(1, 3, *2 * [model.config.vision_config.image_size]))
+def long_evaluation(model: PreTrainedModel, count: int) -> None:
+    side = family_of(model).image_size(model)
+    embeddings = encode_image(model, torch.zeros(1, 3, side, side))
     peaks: list[int] = []
 
     def progress(done: int, total: int) -> None:
@@ -130,7 +130,7 @@ def long_evaluation(model: SamModel, count: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         coco = repeated(Path(folder), count)
-        with model_timed(coco_metrics, lambda model, pixels: embeddings) as clock:
+        with model_timed(embeddings) as clock:
             started = time.perf_counter()
             with Journals(cache) as journals:
                 result = evaluate_coco(model, coco, folder, journals=journals, progress=progress)

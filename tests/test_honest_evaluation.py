@@ -14,7 +14,6 @@ import torch
 from transformers import SamModel
 
 import carsam
-from carsam import pipeline
 from carsam.methods.base import create
 from carsam.models.family import find_sites
 from carsam.models.sites import Sites
@@ -22,6 +21,7 @@ from carsam.pack.layers import PackedLayer
 from carsam.pack.layout import pack
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.reconstruct.units import Unit
+from carsam.run.context import Hooks
 
 METHOD = "qdrop"
 STEPS = {"reconstruction": {"steps": 8, "decoder_steps": 8}, "weight_observer": "min-max"}
@@ -43,26 +43,19 @@ class Learned:
 @pytest.fixture(scope="module")
 def learned(nano, small_set, quick_config, tmp_path_factory):
     rounding, kept = {}, []
-    freeze, pack_model = QuantizedLayer.freeze, pipeline.pack
 
-    def remember(layer):
-        if layer.alpha is not None:
-            rounding[layer] = (layer.alpha.detach().clone(), layer._span)
-        freeze(layer)
+    def remember(model, unit):
+        for path in unit.scope:
+            for name, layer in model.get_submodule(path).named_modules(prefix=path):
+                if isinstance(layer, QuantizedLayer) and layer.alpha is not None:
+                    rounding[name] = (layer.alpha.detach().clone(), layer._span)
 
-    def keep(model, sites):
-        names = {module: name for name, module in model.named_modules()}
-        kept.append((copy.deepcopy(model), {names[layer]: value for layer, value in rounding.items()}))
-        return pack_model(model, sites)
-
+    hooks = Hooks(learned=remember, before_packing=lambda model: kept.append(copy.deepcopy(model)))
     folder = tmp_path_factory.mktemp("honest") / "packed"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(QuantizedLayer, "freeze", remember)
-        patch.setattr(pipeline, "pack", keep)
-        carsam.quantize(nano, small_set, replace(quick_config, method=METHOD, settings=STEPS), out=folder)
-    ((model, alphas),) = kept
+    carsam.quantize(nano, small_set, replace(quick_config, method=METHOD, settings=STEPS), out=folder, hooks=hooks)
+    (model,) = kept
     sites = find_sites(model)
-    return Learned(model, sites, create(METHOD, STEPS).units(sites), alphas, carsam.load(folder))
+    return Learned(model, sites, create(METHOD, STEPS).units(sites), rounding, carsam.load(folder))
 
 
 def left_soft(learned):

@@ -6,14 +6,37 @@ numbers everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from torch import Tensor, nn
 
 from carsam.models.family import family_of
 
+Around = Callable[[str, Callable[[], Any]], Any]
+_around: Around = lambda _name, run: run()  # noqa: E731 - replaced below, and back
+
+
+@contextmanager
+def watched(around: Around) -> Iterator[None]:
+    """Calls ``around(name, run)`` in the place of every half inside the block; for whoever measures prediction.
+
+    Args:
+        around: Given ``"encode"`` or ``"decode"`` and what runs that half; returns what it gives, or something in its
+            place.
+    """
+    global _around
+    before, _around = _around, around
+    try:
+        yield
+    finally:
+        _around = before
+
 
 def encode_image(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """Image embeddings ``(B, C, h, w)`` of preprocessed images ``(B, 3, S, S)``, on the model's device."""
-    return family_of(model).encode_image(model, pixel_values)
+    return _around("encode", lambda: family_of(model).encode_image(model, pixel_values))
 
 
 def predict_logits(
@@ -43,12 +66,8 @@ def predict_logits(
     Raises:
         ValueError: Shapes do not fit, a number is not finite, a label is unknown, or a box is upside down.
     """
-    return family_of(model).predict_logits(
-        model,
-        image_embeddings,
-        points=points,
-        labels=labels,
-        boxes=boxes,
-        masks=masks,
-        multimask_output=multimask_output,
+    prompts = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
+    return _around(
+        "decode",
+        lambda: family_of(model).predict_logits(model, image_embeddings, **prompts, multimask_output=multimask_output),
     )
