@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,15 @@ import pytest
 import torch
 from PIL import Image
 from places import CALIBRATION, EVALUATION, NANO, ROOT
+from tinyvit_state import SIDES, SMALL
 from transformers import SamModel
 
 import carsam
 from carsam.config import CalibrationConfig, QuantizeConfig
+from carsam.data.images.normalisation import PREPROCESSOR
+from carsam.data.images.transforms import preprocessor_config
 from carsam.models.load import load_model
+from carsam.models.tinyvit.random import random_tinyvit
 from carsam.prompts.calibration import CalibrationSet, calibration_set
 
 # Two steps a unit and no searched ranges: every stage runs, in two seconds instead of minutes.
@@ -130,4 +135,30 @@ def photos(evaluation_folder: Path, tmp_path: Path) -> Path:
     small.save(folder / "a.png")
     small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "a.jpg")
     small.save(folder / "b.jpg")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tinyvit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small MobileSAM with random weights, as transformers saves it; read-only."""
+    folder = tmp_path_factory.mktemp("tinyvit") / "mobilesam-small"
+    model = random_tinyvit("mobilesam", SIDES["mobilesam"], **SMALL)
+    model.save_pretrained(folder)
+    (folder / PREPROCESSOR).write_text(json.dumps(preprocessor_config(model)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tinyvit_packed_folder(
+    tmp_path_factory: pytest.TempPathFactory, tinyvit_folder: Path, calibration_folder: Path
+) -> Path:
+    """The same rounded to nearest at W4A4; read-only."""
+    folder = tmp_path_factory.mktemp("tinyvit-packed") / "mobilesam-small-w4a4"
+    data = CalibrationConfig(
+        images=str(calibration_folder / "images"),
+        coco=str(calibration_folder / "instances.json"),
+        n_images=2,
+        boxes_per_image=BOXES_PER_IMAGE,
+    )
+    carsam.quantize(tinyvit_folder, data.images, QuantizeConfig("rtn", bits="w4a4", calibration=data), out=folder)
     return folder

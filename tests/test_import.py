@@ -78,6 +78,23 @@ def test_carsam_then_transformers(name, packed_folder):
     python(code + PACKED, packed_folder)
 
 
+@pytest.mark.parametrize("before", ["", "transformers, transformers.models.auto.modeling_auto, "])
+def test_a_model_of_carsam_s_own_is_known_to_transformers(before, tinyvit_packed_folder):
+    """Whether the automatic classes were imported before carsam or come later; ``import carsam`` stays light."""
+    code = f"""
+import sys
+import {before}carsam
+assert {bool(before)} or "torch" not in sys.modules
+from transformers import AutoConfig, AutoModel
+assert type(AutoConfig.from_pretrained(sys.argv[1])).__name__ == "TinyVitSamConfig"
+model = AutoModel.from_pretrained(sys.argv[1])
+assert type(model).__name__ == "TinyVitSamModel"
+assert type(model.vision_encoder.layers[2].attn.qkv).__name__ == "PackedLayer"
+assert type(carsam.load(sys.argv[1])) is type(model)
+"""
+    python(code, tinyvit_packed_folder)
+
+
 def test_transformers_then_carsam_without_unix_only_modules(packed_folder):
     """The other order; and, as on Windows, there is no ``resource``."""
     code = """

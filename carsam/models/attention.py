@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-IMPLEMENTATION = "carsam"
+from carsam.models.implementations import IMPLEMENTATION
 
 
 class MatMulQuantizers(nn.Module):

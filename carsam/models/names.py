@@ -38,6 +38,10 @@ class Names:
         brief: Words for a chart in the place of a module's name.
         silent: Names that such words leave out.
         headings: Words for a layer over its column in a table.
+        registers: Modules of transformers, each with the module of carsam that is to be imported right after it
+            (:mod:`carsam.pack.registration`).
+        configuration: Where transformers has no such model: module and class of its configuration. Importing that
+            module registers configuration and model with transformers' automatic classes.
     """
 
     family: ClassVar[str] = ""
@@ -55,6 +59,8 @@ class Names:
     brief: ClassVar[Mapping[str, str]] = _NONE
     silent: ClassVar[frozenset[str]] = frozenset({"layers", "blocks"})
     headings: ClassVar[Mapping[str, str]] = _NONE
+    registers: ClassVar[Mapping[str, str]] = _NONE
+    configuration: ClassVar[str] = ""
 
     def short(self, name: Any) -> str:
         """``encoder.layers.3`` for ``vision_encoder.layers.3``; also within a sentence."""
@@ -121,10 +127,14 @@ def names_of_type(model_type: object) -> Names:
     """The names of a family, by ``model_type`` of a ``config.json``; :class:`Names` itself where none is known."""
     # Packages from outside are asked last: theirs may take seconds to import.
     for plugins in (False, True):
-        known = named_subclasses(
-            Names, "family", __package__, what="table of a family's name", module="names", plugins=plugins
-        )
-        for cls in known.values():
-            if model_type in cls.model_types:
-                return cls()
+        for names in all_names(plugins=plugins):
+            if model_type in names.model_types:
+                return names
     return Names()
+
+
+def all_names(*, plugins: bool = True) -> list[Names]:
+    """The names of every family; with ``plugins`` also of families from other packages, which are imported then."""
+    what = "family's table of names"
+    found = named_subclasses(Names, "family", __package__, what=what, module="names", plugins=plugins)
+    return [cls() for cls in found.values()]

@@ -10,11 +10,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from carsam.errors import CheckpointError
 from carsam.pack.folder import FORMAT_VERSION, METHOD
 
-# The attention that a packed folder's config.json asks for. transformers without carsam knows no such attention, so it
-# stops before it builds anything, with an error that quotes this text: our only words that a user can read then.
-# It must not hold a slash, which transformers takes for a kernel to download.
-NOTICE = "packed by carsam: pip install carsam, then import carsam before loading"
-
 
 class CarsamQuantizationConfig(QuantizationConfigMixin):
     """The layout of a packed model and where it came from.

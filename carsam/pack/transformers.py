@@ -1,12 +1,12 @@
-"""Registration with transformers: after ``import carsam``, ``SamModel.from_pretrained(DIR)`` loads a packed folder.
+"""Registration with transformers: after ``import carsam``, its ``from_pretrained`` loads packed folders.
 
 Without the import, transformers warns of the unknown ``quant_method: carsam`` and stops before it builds the model,
-with an error that says to import carsam (see :data:`carsam.pack.quantization_config.NOTICE`). Where a caller names
+with an error that says to import carsam (see :data:`carsam.models.implementations.NOTICE`). Where a caller names
 another attention, it stops at the packed ``weight`` tensors, which are one-dimensional (see
 :class:`carsam.pack.layers.PackedLayer`).
 
-This module is imported at the moment when transformers' SAM is, perhaps by a module of carsam that is itself only half
-imported. So it imports nothing of carsam that imports that SAM; its methods do when they are called.
+This module is imported at the moment when transformers' models are, perhaps by a module of carsam that is itself only
+half imported. So it imports nothing of carsam that imports a model; its methods do when they are called.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.sam.modeling_sam import SAM_VISION_ATTENTION_CLASSES
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
+from carsam.models.implementations import NOTICE
 from carsam.pack.folder import METHOD
-from carsam.pack.quantization_config import NOTICE, CarsamQuantizationConfig
+from carsam.pack.quantization_config import CarsamQuantizationConfig
 
 register_quantization_config(METHOD)(CarsamQuantizationConfig)
 # What config.json asks for exists where carsam is imported: transformers' eager attention, which the packed form then
 # replaces wherever there is one.
 ALL_ATTENTION_FUNCTIONS.register(NOTICE, ALL_ATTENTION_FUNCTIONS["sdpa"])
-SAM_VISION_ATTENTION_CLASSES[NOTICE] = SAM_VISION_ATTENTION_CLASSES["eager"]
 
 
 @register_quantizer(METHOD)

@@ -81,7 +81,7 @@ class PromptedImage:
         return mask_utils.decode(self.truth[index]).astype(bool) if self.truth is not None else None
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        """Arguments of ``PreTrainedModel`` for a pass with all boxes as prompts and one mask each."""
+        """Arguments of the model for a pass with all boxes as prompts and one mask each."""
         return {
             "pixel_values": self.pixel_values.to(device),
             "input_boxes": self.boxes[None].to(device),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.models.sam.modeling_sam import SamVisionAttention
+from transformers.models.sam.modeling_sam import SAM_VISION_ATTENTION_CLASSES, SamVisionAttention
 
 from carsam.models.attention import MatMulQuantizers
+from carsam.models.implementations import NOTICE
 
+# The encoder's attentions have a table of their own in transformers. While a packed folder is loaded, it needs the
+# attention that its config.json asks for; the packed form then takes its place.
+SAM_VISION_ATTENTION_CLASSES[NOTICE] = SAM_VISION_ATTENTION_CLASSES["eager"]
 # Scores of one chunk of heads: bounds the temporaries of a global attention (ViT-B at 1024 px: 64 MB a head).
 CHUNK_ELEMENTS = 2**25
 

@@ -37,3 +37,4 @@ class SamNames(Names):
         "self_attn": "self",
     }
     headings: ClassVar[Mapping[str, str]] = {"out_proj": "out"}
+    registers: ClassVar[Mapping[str, str]] = {"transformers.models.sam.modeling_sam": "carsam.models.sam.attention"}

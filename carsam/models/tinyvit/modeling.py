@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -312,3 +312,4 @@ def _init_biases(module: nn.Module) -> None:
 
 AutoConfig.register(MODEL_TYPE, TinyVitSamConfig, exist_ok=True)
 AutoModel.register(TinyVitSamConfig, TinyVitSamModel, exist_ok=True)
+AutoModelForMaskGeneration.register(TinyVitSamConfig, TinyVitSamModel, exist_ok=True)

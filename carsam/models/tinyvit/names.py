@@ -20,4 +20,5 @@ class TinyVitNames(SamNames):
     regions: ClassVar[Mapping[str, str]] = {**SamNames.regions, "vision_encoder.": "encoder stages"}
     # The depthwise convolution of a block stands between its attention and its MLP.
     order = tuple(part for name in SamNames.order for part in ((name, "local_conv") if name == "attn" else (name,)))
+    configuration = "carsam.models.tinyvit.modeling.TinyVitSamConfig"
     headings: ClassVar[Mapping[str, str]] = {**SamNames.headings, "local_conv": "conv"}

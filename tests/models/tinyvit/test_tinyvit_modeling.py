@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, SamModel
 
-from carsam.models.attention import IMPLEMENTATION, MatMulQuantizers, attach_matmul_quantizers
+from carsam.models.attention import MatMulQuantizers, attach_matmul_quantizers
+from carsam.models.implementations import IMPLEMENTATION
 from carsam.models.tinyvit.configuration import TinyVitConfig, TinyVitSamConfig
 from carsam.models.tinyvit.modeling import (
     TinyVitAttention,
