@@ -23,6 +23,7 @@ MAX_YAML_NODES = 20_000
 _MAX_DEPTH = 60
 # Integers of more digits do not fit in a float; Python refuses to read or print them from 4,300 digits on.
 _MAX_DIGITS = 300
+_MAX_SETTING_DIGITS = 20
 # Control characters, which move a terminal's cursor, and halves of surrogate pairs, which cannot be written.
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -52,7 +53,12 @@ def read_text(path: Path, most: int, fix: str, error: type[CarsamError] = DataEr
 
 
 def read_json(
-    path: Path, fix: str, *, most: int = MAX_JSON_BYTES, error: type[CarsamError] = DataError
+    path: Path,
+    fix: str,
+    *,
+    most: int = MAX_JSON_BYTES,
+    strict: bool = False,
+    error: type[CarsamError] = DataError,
 ) -> dict[str, Any]:
     """Reads a JSON file that holds a mapping.
 
@@ -62,6 +68,7 @@ def read_json(
         path: The file.
         fix: What to do about a damaged file, for the message.
         most: Bytes that it can need.
+        strict: For settings: refuse a name that stands twice, and whole numbers of more than 20 digits.
         error: What to raise.
 
     Raises:
@@ -69,7 +76,8 @@ def read_json(
     """
     text = read_text(path, most, fix, error)
     try:
-        values = cleaned(json.loads(text, parse_int=_whole))
+        repeats = _without_repeats if strict else None
+        values = cleaned(json.loads(text, parse_int=_setting if strict else _whole, object_pairs_hook=repeats))
     except RecursionError as problem:
         raise error(f"{path} is damaged: it is nested too deeply; {fix}.") from problem
     except ValueError as problem:
@@ -185,6 +193,21 @@ def _text(text: str) -> str:
 
 def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
+
+
+def _setting(digits: str) -> int:
+    if len(digits) > _MAX_SETTING_DIGITS:
+        raise ValueError(f"the number {digits[:_MAX_SETTING_DIGITS]}... is too large")
+    return int(digits)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it names {repeated[:60]!r} twice")
+    return values
 
 
 def _kind(value: Any) -> str:

@@ -87,3 +87,15 @@ def test_a_large_yaml_file_is_not_read(tmp_path):
         file.truncate(MAX_YAML_BYTES + 1)
     with pytest.raises(DataError, match="more than"):
         read_yaml(path, "get it again")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [('{"a": {"b": 1, "b": 2}}', "it names 'b' twice"), (f'{{"a": {"9" * 21}}}', "the number 9{20}... is too large")],
+)
+def test_json_of_settings_is_read_strictly(text, words, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert read_json(path, "get it again")
+    with pytest.raises(DataError, match=words):
+        read_json(path, "get it again", strict=True)

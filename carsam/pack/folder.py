@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import stat
 import struct
@@ -14,7 +13,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from carsam.errors import CheckpointError
-from carsam.reading import MAX_YAML_BYTES, read_text
+from carsam.models.names import names_of_type
+from carsam.reading import MAX_YAML_BYTES, read_json, read_text
 
 METHOD, FORMAT_VERSION = "carsam", 1
 CONFIG, WEIGHTS, PREPROCESSOR, RECIPE = "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml"
@@ -29,6 +29,9 @@ _MOST_BYTES = {CONFIG: 8 * 2**20, PREPROCESSOR: 2**20, RECIPE: MAX_YAML_BYTES, C
 _MOST_HEADER = 16 * 2**20
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _AGAIN = "get the folder again"
+# The image encoder of embedded/sam-nano-256. Meta's have 768, 1024 or 1280 channels and see 1024 pixels.
+_STAND_IN = {"hidden_size": 192, "num_hidden_layers": 8, "num_attention_heads": 3, "image_size": 256, "patch_size": 16}
+_STAND_IN_NAME = re.compile(r"\bsam-nano\b")
 
 
 def require_file(path: Path) -> Path:
@@ -63,32 +66,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: See :func:`read_config`.
     """
-    text = read_text(require_file(path), _MOST_BYTES[path.name], _AGAIN, CheckpointError)
-    try:
-        values = json.loads(text, object_pairs_hook=_without_repeats, parse_int=_whole)
-    except RecursionError:
-        raise CheckpointError(f"{path} is damaged: it is nested too deeply; {_AGAIN}.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: it is not valid JSON ({error}); {_AGAIN}.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no settings; {_AGAIN}.")
-    return values
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it names {repeated[:60]!r} twice")
-    return values
-
-
-def _whole(digits: str) -> int:
-    # Integers of thousands of digits take long to read, and no setting has them.
-    if len(digits) > 20:
-        raise ValueError(f"the number {digits[:20]}... is too large")
-    return int(digits)
+    most = _MOST_BYTES[path.name]
+    return read_json(require_file(path), _AGAIN, most=most, strict=True, error=CheckpointError)
 
 
 def says_packed(config: Mapping[str, Any]) -> bool:
@@ -194,6 +173,19 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise CheckpointError(
             f"{path} is not a safetensors file, or truncated or altered; get it again. ({_reason(error)})"
         ) from error
+
+
+def is_stand_in(config: Mapping[str, Any], base: str) -> bool:
+    """Whether a model is the embedded stand-in, or was made from it: its scores say nothing about SAM.
+
+    Told by the encoder, which a renamed copy and the stressed twin share, and by the name of the model.
+
+    Args:
+        config: What ``config.json`` holds.
+        base: Name of the model that the packed one was made from; empty where it is not known.
+    """
+    encoder = names_of_type(config.get("model_type")).encoder_settings(config)
+    return all(encoder.get(key) == value for key, value in _STAND_IN.items()) or _STAND_IN_NAME.search(base) is not None
 
 
 def portable(value: Any) -> Any:

@@ -13,8 +13,7 @@ from typing import Any
 from carsam.errors import CarsamError
 from carsam.models.names import Names, names_of_type
 from carsam.output.files import write_text
-from carsam.pack.folder import CARD, portable
-from carsam.pack.stand_in import is_stand_in
+from carsam.pack.folder import CARD, is_stand_in, portable
 from carsam.reading import read_text
 
 # What stands between these is written again when the model is measured; the rest of the card is the user's.
@@ -56,10 +55,10 @@ def model_card(
         license=licence,
         pipeline_tag="mask-generation",
         tags=list(TAGS),
+        # The Hub's relation between a model and its base, for which ModelCardData has no parameter of its own.
+        base_model_relation="quantized" if _is_id(base) else None,
         **_evaluation_data(name, results),
     )
-    # The Hub's relation "quantized" between a model and its base; ModelCardData has no field for it.
-    header = data.to_yaml() + ("\nbase_model_relation: quantized" if _is_id(base) else "")
     facts = {
         "base model": _base(base),
         "licence": f"{licence}, the base model's" if licence else "see the base model",
@@ -80,7 +79,7 @@ def model_card(
         shell=shlex.quote(name),
         command=command(recipe, packing, name),
     )
-    return f"---\n{header}\n---\n\n{body}"
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
 def is_model_card(path: Path) -> bool:

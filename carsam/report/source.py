@@ -12,19 +12,14 @@ from typing import Any
 
 from carsam.errors import CheckpointError, DataError
 from carsam.models.names import Names, names_of_type
-from carsam.pack.stand_in import is_stand_in
-from carsam.reading import cleaned, parse_yaml, read_json, read_text
+from carsam.pack.folder import CONFIG, METHOD, RECIPE, RESULTS, WEIGHTS, is_stand_in
+from carsam.reading import MAX_YAML_BYTES, cleaned, parse_yaml, read_json, read_text
 from carsam.report.limits import check_amounts, shortened
 from carsam.report.order import Site, layout_sites, mapping
 
-# The same names as in carsam.pack.checkpoint, which would import torch: a report takes a moment.
-CONFIG, WEIGHTS, RECIPE, RESULTS, QUANT_METHOD = (
-    *("config.json", "model.safetensors", "recipe.yaml", "results.json", "carsam"),
-)
 DIAGNOSIS = "diagnosis"
 DIAGNOSIS_FORMAT = 1
 _MAX_CONFIG = 20 * 2**20
-_MAX_RECIPE = 256 * 2**10
 _MAX_SITES = 20_000
 # 100,000 images take 40 MB of results.
 _MAX_RESULTS = 256 * 2**20
@@ -112,7 +107,7 @@ def read_source(folder: str | Path, float_scores: str | Path | None = None) -> S
     fix = "get the folder again"
     config = shortened(read_json(folder / CONFIG, fix, most=_MAX_CONFIG, error=CheckpointError))
     packing = mapping(config.get("quantization_config"))
-    if packing.get("quant_method") != QUANT_METHOD:
+    if packing.get("quant_method") != METHOD:
         raise CheckpointError(f"{folder} is not a packed carsam model; give the folder that carsam quantize wrote.")
     names = names_of_type(config.get("model_type"))
     sites = layout_sites(mapping(packing.get("layout")), names)
@@ -127,7 +122,7 @@ def read_source(folder: str | Path, float_scores: str | Path | None = None) -> S
         floating = _read_float_scores(Path(float_scores))
     recipe_text = None
     if (folder / RECIPE).is_file():
-        recipe_text = cleaned(read_text(folder / RECIPE, _MAX_RECIPE, fix))
+        recipe_text = cleaned(read_text(folder / RECIPE, MAX_YAML_BYTES, fix))
     has_weights = (folder / WEIGHTS).is_file()
     return Source(
         folder=folder,
