@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-import carsam.pack.transformers  # noqa: F401 - registers packed folders with transformers
 from carsam.data.images.normalisation import named_normalisation, normalisation_of, set_normalisation
 from carsam.device import resolve_device
 from carsam.errors import CarsamError, CheckpointError
@@ -22,8 +21,8 @@ from carsam.models.skeleton import BAD_CONFIG
 from carsam.output.target import replaced_folder
 from carsam.pack.calibration_places import remember
 from carsam.pack.folder import CHECKSUMS, CONFIG, RECIPE, WEIGHTS, is_packed, read_config, read_header, verify
-from carsam.pack.quantization_config import CarsamQuantizationConfig
 from carsam.pack.source import packed_folder
+from carsam.pack.transformers import CarsamQuantizationConfig
 from carsam.pack.writing import Facts, packed_state, write_packed
 
 __all__ = [

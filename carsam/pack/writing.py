@@ -39,7 +39,7 @@ from carsam.pack.folder import (
 from carsam.pack.layers import PackedLayer
 from carsam.pack.layout import describe
 from carsam.pack.model_card import base_licence, model_card, with_id, with_tags
-from carsam.pack.quantization_config import CarsamQuantizationConfig
+from carsam.pack.transformers import CarsamQuantizationConfig
 from carsam.quantizers.grid import Grid
 from carsam.reading import read_json, read_text, read_yaml
 from carsam.version import __version__
