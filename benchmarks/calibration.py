@@ -56,10 +56,12 @@ def share_of_products(profiler: profile) -> tuple[float, float]:
     return products / total, total / 1e6
 
 
-def measure(name: str, model, units: list[str], steps: int, images: int, prompts: int) -> None:
+def measure(name: str, model, stages: tuple[int, ...], steps: int, images: int, prompts: int) -> None:
     """Runs the walk up to the last of some units; their loops are profiled, other units get no step."""
     method = create("car-sam", {"reconstruction": {"steps": steps, "decoder_steps": steps}})
     sites = find_sites(model)
+    # Some stages of the encoder, and the decoder's last pair and attention.
+    units = [*(sites.encoder_stages[index] for index in stages), *(unit.name for unit in method.units(sites)[-2:])]
     quantized = copy.deepcopy(model)
     prepare_model(quantized, sites, QuantizeConfig().bit_plan(), method.quantizer_for, method.softmax_for)
     quantized.requires_grad_(False)
@@ -95,21 +97,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2)
     arguments = options.parse(parser)
     options.head("model", "unit", "steps/s", "matrix products", "peak memory", "outside operators")
-    decoder = ["mask_decoder.transformer.layers.1.pair", "mask_decoder.transformer.final_attn_token_to_image"]
     if "nano" in arguments.subjects:
-        units = ["vision_encoder.layers.0", "vision_encoder.layers.1", *decoder]
-        measure("nano, 256 px", carsam.load_model("embedded/sam-nano-256"), units, arguments.steps, arguments.images, 6)
+        model = carsam.load_model("embedded/sam-nano-256")
+        measure("nano, 256 px", model, (0, 1), arguments.steps, arguments.images, 6)
     if "litemedsam" in arguments.subjects:
         model = random_tinyvit("litemedsam")
         # Convolutions at full resolution, a merge, attention in windows of 14 and of 7.
-        units = [*(f"vision_encoder.layers.{index}" for index in (0, 2, 6, 13)), *decoder]
-        measure("LiteMedSAM, 256 px", model, units, arguments.large_steps, arguments.images, 6)
+        measure("LiteMedSAM, 256 px", model, (0, 2, 6, 13), arguments.large_steps, arguments.images, 6)
     if "vit-b" in arguments.subjects:
-        units = ["vision_encoder.layers.0", "vision_encoder.layers.2", *decoder]
-        model = random_sam("vit-b").requires_grad_(False)
         # Two windowed blocks, then a global one: the kinds of block there are.
-        model.vision_encoder.layers = model.vision_encoder.layers[:3]
-        measure("ViT-B, 1024 px", model, units, arguments.large_steps, arguments.images, 6)
+        model = random_sam("vit-b", blocks=3)
+        measure("ViT-B, 1024 px", model, (0, 2), arguments.large_steps, arguments.images, 6)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,7 @@ def main() -> None:
     tokens = torch.randn(IMAGES, PROMPTS, 1, TOKENS, DIM, generator=generator)
     image = torch.randn(IMAGES, PROMPTS, 1, PIXELS, DIM, generator=generator)
     for solver in SOLVERS:
-        model = random_sam("vit-b").requires_grad_(False)
-        model.vision_encoder.layers = model.vision_encoder.layers[:1]
+        model = random_sam("vit-b", blocks=1)
         sites, method = find_sites(model), create("car-sam")
         prepare_model(model, sites, QuantizeConfig().bit_plan(), method.quantizer_for, method.softmax_for)
         by_name = {site.name: site for site in sites.attentions}

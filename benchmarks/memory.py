@@ -17,7 +17,8 @@ from calibration import random_data
 
 import carsam
 from carsam.config import QuantizeConfig
-from carsam.models.sam.random import random_sam
+from carsam.models.sam.random import random_sam, sam_config
+from carsam.models.skeleton import skeleton
 from carsam.run.memory import peak_memory
 
 # Float reference, model being quantized (four bytes a weight each), and the codes.
@@ -33,12 +34,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--cache-gb", type=float, default=6.0)
     arguments = options.parse(parser)
-    model = random_sam(arguments.size).requires_grad_(False)
-    layers = model.vision_encoder.layers
-    left_out = sum(p.numel() for p in layers[arguments.blocks :].parameters()) if arguments.blocks else 0
-    if arguments.blocks:
-        model.vision_encoder.layers = layers[: arguments.blocks]
-    del layers
+    model = random_sam(arguments.size, blocks=arguments.blocks).requires_grad_(False)
+    whole = skeleton(type(model), sam_config(arguments.size))
+    left_out = whole.num_parameters() - model.num_parameters()
     data = random_data(1024, arguments.images, arguments.boxes)
     settings = {"reconstruction": {"steps": arguments.steps, "decoder_steps": arguments.steps}}
     started = time.perf_counter()

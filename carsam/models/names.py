@@ -27,6 +27,8 @@ class Names:
         model_types: What ``model_type`` in ``config.json`` may say.
         model_class: The class of its models, for people.
         library: The package that has that class.
+        processors: transformers' processor of images and prompts, and the one of images, for
+            ``preprocessor_config.json``.
         encoder_config: Key of the image encoder's settings in ``config.json``.
         decoder: Module path that all of the decoder lies under.
         blocks: Module path whose numbered children are shown as one group each.
@@ -49,6 +51,7 @@ class Names:
     model_types: ClassVar[tuple[str, ...]] = ()
     model_class: ClassVar[str] = "AutoModel"
     library: ClassVar[str] = "transformers"
+    processors: ClassVar[tuple[str, str]] = ("", "")
     encoder_config: ClassVar[str] = ""
     decoder: ClassVar[str] = ""
     blocks: ClassVar[str] = ""

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from carsam.errors import CheckpointError
-from carsam.models.family import family_of
+from carsam.models.family import families, family_of
 
 
 def as_segment_anything(model: PreTrainedModel | str | Path) -> nn.Module:
@@ -42,7 +42,7 @@ def as_sam_model(model: nn.Module | str | Path) -> PreTrainedModel:
         return require_known(model)
     if isinstance(model, (str, Path)):
         return _open(model)
-    if hasattr(model, "image_encoder") and hasattr(model, "state_dict"):
+    if isinstance(model, nn.Module) and _is_published(model):
         raise ValueError(
             "this is segment-anything's own model; save its weights with torch.save(sam.state_dict(), 'sam.pth') and "
             "open them with carsam.load_model('sam.pth')."
@@ -50,6 +50,12 @@ def as_sam_model(model: nn.Module | str | Path) -> PreTrainedModel:
     raise ValueError(
         f"a model is needed, not {type(model).__name__}; open one with carsam.load(...) or carsam.load_model(...)."
     )
+
+
+def _is_published(model: nn.Module) -> bool:
+    """Whether it holds what a published checkpoint holds."""
+    state = model.state_dict()
+    return any(family.find_state(state, "the model") is not None for family in families().values())
 
 
 def _open(source: str | Path) -> PreTrainedModel:

@@ -146,22 +146,24 @@ class Preprocessor:
 
 
 def preprocessor_config(model: PreTrainedModel) -> dict[str, Any]:
-    """``preprocessor_config.json`` for transformers' ``SamImageProcessor``, describing the same preprocessing.
+    """``preprocessor_config.json`` for transformers' image processor, describing the same preprocessing.
 
     Its pixels are bitwise those of :class:`Preprocessor` (where Pillow resizes; torchvision's resize rounds otherwise).
     """
     preprocessor = Preprocessor.for_model(model)
     size = preprocessor.image_size
-    low_res = family_of(model).low_res_size(model)
+    family = family_of(model)
+    low_res = family.low_res_size(model)
+    processor, image_processor = family.names.processors
     return {
         "do_convert_rgb": True,
         "do_pad": True,
         "do_resize": True,
-        "image_processor_type": "SamImageProcessor",
+        "image_processor_type": image_processor,
         "mask_pad_size": {"height": low_res, "width": low_res},
         "mask_size": {"longest_edge": low_res},
         "pad_size": {"height": size, "width": size},
-        "processor_class": "SamProcessor",
+        "processor_class": processor,
         "resample": 2,
         "size": {"longest_edge": size},
         **to_preprocessor(preprocessor.normalisation),

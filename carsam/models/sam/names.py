@@ -15,6 +15,7 @@ class SamNames(Names):
     title = "SAM"
     model_types = ("sam",)
     model_class = "SamModel"
+    processors = ("SamProcessor", "SamImageProcessor")
     encoder_config = "vision_config"
     decoder = "mask_decoder.transformer"
     blocks = "vision_encoder.layers"

@@ -23,12 +23,13 @@ SIZES: dict[str, tuple[int, int, int, int, list[int]]] = {
 PATCH = 16
 
 
-def sam_config(size: str, image_size: int = 1024) -> SamConfig:
+def sam_config(size: str, image_size: int = 1024, blocks: int | None = None) -> SamConfig:
     """The configuration of one of the published sizes, or of the embedded nano model.
 
     Args:
         size: A key of ``SIZES``.
         image_size: Side of the square input, in pixels; a multiple of 16.
+        blocks: Only so many blocks of the image encoder, the first ones.
 
     Raises:
         ConfigError: Unknown size, or an image size that 16 does not divide.
@@ -38,20 +39,21 @@ def sam_config(size: str, image_size: int = 1024) -> SamConfig:
     if image_size < PATCH or image_size % PATCH:
         raise ConfigError(f"image_size is {image_size}; it must be a positive multiple of {PATCH}.")
     width, depth, heads, window, global_blocks = SIZES[size]
+    depth = min(depth, blocks or depth)
     vision = {
         "hidden_size": width,
         "num_hidden_layers": depth,
         "num_attention_heads": heads,
         "mlp_dim": 4 * width,
         "window_size": window,
-        "global_attn_indexes": list(global_blocks),
+        "global_attn_indexes": [index for index in global_blocks if index < depth],
         "image_size": image_size,
         "patch_size": PATCH,
     }
     return SamConfig(vision_config=vision, prompt_encoder_config={"image_size": image_size, "patch_size": PATCH})
 
 
-def random_sam(size: str, image_size: int = 1024, seed: int = 0) -> SamModel:
+def random_sam(size: str, image_size: int = 1024, seed: int = 0, blocks: int | None = None) -> SamModel:
     """A SAM with random weights, the same for the same arguments; the global random state is left as it was.
 
     Every layer is drawn as PyTorch's ``reset_parameters`` does; position embeddings as ViT does (std 0.02);
@@ -61,6 +63,7 @@ def random_sam(size: str, image_size: int = 1024, seed: int = 0) -> SamModel:
         size: "vit-b", "vit-l", "vit-h" or "nano".
         image_size: Side of the square input, in pixels; a multiple of 16.
         seed: Seed of the weights.
+        blocks: Only so many blocks of the image encoder, the first ones.
 
     Returns:
         The model in float32 on the CPU, in evaluation mode, its parameters frozen.
@@ -68,7 +71,7 @@ def random_sam(size: str, image_size: int = 1024, seed: int = 0) -> SamModel:
     Raises:
         ConfigError: Unknown size, or an image size that 16 does not divide.
     """
-    model = skeleton(SamModel, sam_config(size, image_size)).to_empty(device="cpu")
+    model = skeleton(SamModel, sam_config(size, image_size, blocks)).to_empty(device="cpu")
     model.tie_weights()  # to_empty gives each module a tensor of its own
     # Only the CPU generator is touched: torch.manual_seed would also reseed every GPU.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
