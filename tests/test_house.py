@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from small_models import SMALL_MODELS
+from small_models import SMALL_MODELS, small_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -183,7 +183,7 @@ def spelled():
     """Every name that only a family may spell: of modules, parameters, classes, methods and settings of its models."""
     names = set()
     for family in families().values():
-        small = SMALL_MODELS[family.name]()
+        small = small_model(family.name)
         for part in (*(name for name, _ in small.named_modules()), *(name for name, _ in small.named_parameters())):
             names |= words(part)
         configs = [small.config, *(getattr(small.config, key) for key in small.config.sub_configs)]
