@@ -15,11 +15,13 @@ import logging
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from carsam.errors import ConfigError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "carsam"
 T = TypeVar("T")
@@ -54,6 +56,8 @@ def load_plugins() -> None:
 
 @functools.cache
 def _announced() -> tuple[EntryPoint, ...]:
+    from importlib.metadata import entry_points  # takes a while to import, and the help needs no registry
+
     # Reading what every installed package says of itself takes milliseconds; registries are asked often.
     return tuple(entry_points(group=GROUP))
 
