@@ -11,6 +11,7 @@ from carsam.quantizers.registry import activation_grids, softmax_grids
 from carsam.quantizers.simulation import Simulation, current, simulate
 from carsam.quantizers.site import SiteQuantizer
 from carsam.quantizers.softmax import SoftmaxQuantizer
+from carsam.quantizers.softmax_log1p import Log1pSoftmax
 from carsam.quantizers.softmax_log2 import Log2Softmax
 from carsam.quantizers.softmax_row_maximum import RowMaximumSoftmax
 from carsam.quantizers.softmax_uniform import UniformSoftmax
@@ -20,6 +21,7 @@ __all__ = [
     "ActivationQuantizer",
     "GroupedQuantizer",
     "HybridQuantizer",
+    "Log1pSoftmax",
     "Log2Softmax",
     "QuantizedLayer",
     "RowMaximumSoftmax",

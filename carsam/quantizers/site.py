@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,15 @@ class SiteQuantizer(Grid):
     Subclasses give the grid (:meth:`round`, :meth:`position`), what decides it beside the scale (further buffers), how
     it is calibrated (:meth:`record`), and the codes that the packed form stands for (:meth:`encode`, :meth:`decode`).
 
+    Attributes:
+        learns_scale: Whether reconstruction learns the scale (LSQ); False keeps the one that calibration found.
+
     Args:
         bits: Bits of a code, 2 to 8; 16 leaves the site in floating point.
         always: Quantize regardless of the simulation (packed models).
     """
+
+    learns_scale: ClassVar[bool] = True
 
     def __init__(self, bits: int, *, always: bool = False):
         super().__init__()

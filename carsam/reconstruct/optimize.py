@@ -171,7 +171,8 @@ def optimise(
     ]
     alphas = [layer.learn_rounding() for layer in layers] if settings.learn_rounding else []
     alphas = [alpha for alpha in alphas if alpha is not None]
-    scales = [q.learn_scale(relative=settings.relative_scales) for q in quantizers] if settings.learn_scales else []
+    learning = [quantizer for quantizer in quantizers if settings.learn_scales and quantizer.learns_scale]
+    scales = [quantizer.learn_scale(relative=settings.relative_scales) for quantizer in learning]
     fused = device.type in ("cpu", "cuda")
     optimisers = []
     if alphas:
