@@ -10,7 +10,7 @@ from carsam.errors import CarsamError
 from carsam.methods.base import Method
 from carsam.pack.folder import RECIPE, RESULTS
 from carsam.reading import read_json, read_yaml
-from carsam.run.store import mac_report, unit_report
+from carsam.run.store import compensation_report, unit_report
 from carsam.run.walk import WalkReport
 
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError)
@@ -77,7 +77,7 @@ def finished_report(quantization: dict[str, Any]) -> WalkReport:
     try:
         return WalkReport(
             [unit_report(values) for values in quantization["units"]],
-            [mac_report(values) for values in quantization["compensations"]],
+            [compensation_report(values) for values in quantization["compensations"]],
             list(quantization["transforms"]),
         )
     except _DAMAGE:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from carsam.compensate.acnr import AcnrReport
 from carsam.compensate.mac import MacReport
 from carsam.data.images.transforms import preprocessor_config
 from carsam.errors import CarsamError
@@ -182,7 +183,7 @@ class UnitStore:
         assert self.folder is not None
         return self.folder / f"{key[:40]}.safetensors"
 
-    def load(self, key: str, model: nn.Module, name: str = "") -> tuple[UnitReport, list[MacReport]] | None:
+    def load(self, key: str, model: nn.Module, name: str = "") -> tuple[UnitReport, list[Any]] | None:
         """Restores the unit of that key; None where it is not there, or damaged (then a line says so).
 
         Nothing of a damaged file reaches the model.
@@ -191,7 +192,7 @@ class UnitStore:
             return None
         try:
             state, reports = _read_unit(self._path(key), key)
-            found = unit_report(reports["unit"]), [mac_report(values) for values in reports["mac"]]
+            found = unit_report(reports["unit"]), [compensation_report(values) for values in reports["mac"]]
         except _DAMAGE as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             logger.warning(
@@ -201,7 +202,7 @@ class UnitStore:
         load_unit_state(model, state)
         return found
 
-    def save(self, key: str, model: nn.Module, unit: Unit, report: UnitReport, mac: list[MacReport]) -> None:
+    def save(self, key: str, model: nn.Module, unit: Unit, report: UnitReport, mac: list[Any]) -> None:
         """Saves a finished unit: written beside and moved into place, so that a kill leaves no half file.
 
         Raises:
@@ -253,6 +254,8 @@ def unit_report(values: dict[str, Any]) -> UnitReport:
     return UnitReport(**{**values, "losses": [tuple(point) for point in values["losses"]]})
 
 
-def mac_report(values: dict[str, Any]) -> MacReport:
+def compensation_report(values: dict[str, Any]) -> MacReport | AcnrReport:
     """A compensation's report from JSON."""
+    if "layer" in values:
+        return AcnrReport(**{**values, "condition": tuple(values["condition"]), "error": tuple(values["error"])})
     return MacReport(**{**values, "scores": tuple(values["scores"]), "output": tuple(values["output"])})

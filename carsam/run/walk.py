@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from carsam.calibrate.cache import ActivationCache, cached, variances
 from carsam.calibrate.observers import RangeRecorder
+from carsam.compensate.acnr import AcnrReport
 from carsam.compensate.mac import MacReport
 from carsam.methods.base import Method
 from carsam.models.family import Part, Stage, Tensors
@@ -38,7 +39,7 @@ class WalkReport:
     """Reports of all units, compensations and transforms, in order."""
 
     units: list[UnitReport] = field(default_factory=list)
-    compensations: list[MacReport] = field(default_factory=list)
+    compensations: list[MacReport | AcnrReport] = field(default_factory=list)
     transforms: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -210,7 +211,7 @@ class Walk:
 
     def _quantize_unit(
         self, unit: Unit, data: UnitData, steps: int, progress: Callable[[int], None]
-    ) -> tuple[UnitReport, list[MacReport]]:
+    ) -> tuple[UnitReport, list[MacReport | AcnrReport]]:
         """Ranges, preparation, reconstruction of one unit; its weights are integers afterwards."""
         method, device = self.method, self.device
         self._observe(unit, data)

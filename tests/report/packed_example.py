@@ -113,6 +113,14 @@ def write_results(folder: Path, *, n_blocks: int = 3, n_images: int = 40) -> Non
             {"attention": f"{DECODER}.{stage}", "scores": [0.02, 0.01], "output": [0.1, 0.09], "change": {"key": 0.05}}
             for stage in STAGES
             if not stage.endswith("mlp")
+        ]
+        + [
+            {
+                "layer": f"{DECODER}.layers.0.self_attn.q_proj",
+                "condition": [1373.4, 4.1],
+                "error": [0.0024, 0.0168],
+                "change": 0.31,
+            }
         ],
         "transforms": [{"transform": "BIG", "attention": f"{DECODER}.{STAGES[0]}", "modes": 2, "flipped_channels": 61}],
     }

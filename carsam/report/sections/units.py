@@ -44,7 +44,8 @@ def section(source: Source) -> Section:
         "chart": _depth_chart(shown) if shown else None,
         "better": sum(1 for unit in shown if _better(unit["mean_before"], unit["mean_after"])),
         "transforms": _transforms(transforms, source.names) if transforms else None,
-        "compensations": [_compensation(entry) for entry in compensations],
+        "compensations": [_compensation(entry) for entry in compensations if "layer" not in entry],
+        "conditions": [_condition(entry) for entry in compensations if "layer" in entry],
     }
     return Section("units", "Reconstruction", view)
 
@@ -123,6 +124,14 @@ def _compensation(entry: dict[str, Any]) -> dict[str, Any]:
         pairs[key] = pair if len(pair) == 2 else [None, None]
     branches = [f"{name} {numbers.number(value, 2)}" for name, value in mapping(entry.get("change")).items()]
     return {"attention": entry.get("attention"), **pairs, "change": ", ".join(branches)}
+
+
+def _condition(entry: dict[str, Any]) -> dict[str, Any]:
+    pairs = {}
+    for key in ("condition", "error"):
+        pair = [numbers.finite(value) for value in numbers_of(entry.get(key))]
+        pairs[key] = pair if len(pair) == 2 else [None, None]
+    return {"layer": entry.get("layer"), **pairs, "change": numbers.finite(entry.get("change"))}
 
 
 def _transforms(transforms: list[dict[str, Any]], names: Names) -> dict[str, Any]:
