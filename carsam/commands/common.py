@@ -25,6 +25,7 @@ RESULTS = "results.json"
 METHODS = (
     "adaround",
     "ahcptq",
+    "ahcq-sam",
     "brecq",
     "car-sam",
     "ptq4sam-l",

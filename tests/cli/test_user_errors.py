@@ -23,7 +23,7 @@ def fails(result, *words):
     [
         (["--bits", "w3"], ["'w3'", "w4a4"]),
         (["--bits", "w4a1"], ["1 bits", "8, 16"]),
-        (["--method", "foo"], ["'foo'", "adaround, ahcptq, brecq, car-sam"]),
+        (["--method", "foo"], ["'foo'", "adaround, ahcptq, ahcq-sam, brecq, car-sam"]),
         (["--set", "foo=1"], ["'foo'", "granularity"]),
         (["--set", "mac.foo=1"], ["'mac.foo'", "damping"]),
         (["--set", "mac=3"], ["mac", "mapping"]),
