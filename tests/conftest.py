@@ -160,5 +160,6 @@ def tinyvit_packed_folder(
         n_images=2,
         boxes_per_image=BOXES_PER_IMAGE,
     )
-    carsam.quantize(tinyvit_folder, data.images, QuantizeConfig("rtn", bits="w4a4", calibration=data), out=folder)
+    config = QuantizeConfig("rtn", bits="w4a4", calibration=data)
+    carsam.quantize(tinyvit_folder, data.images, config, out=folder, write_results=True)
     return folder

@@ -84,6 +84,7 @@ def summary(source: Source, sections: list[Section]) -> dict[str, Any]:
     headline = next((score for score in ious if score["change"] is not None), next(iter(ious), None))
     return {
         "model": model.rpartition("/")[2] or source.folder.resolve().name,
+        "kind": source.names.title if source.names.family else "",
         "method": str(source.quantization_config.get("method") or "an unknown method"),
         "bits": str(source.quantization_config.get("bits") or "").upper(),
         "stand_in": source.is_stand_in,
