@@ -4,31 +4,16 @@ Each in a Python of its own: what a plugin defines cannot be taken back from a r
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
+from outside_package import HERE, ROOT, announce, python
 from PIL import Image
 from safetensors import safe_open
 
 from carsam.methods.base import registry
 from carsam.quantizers import softmax_grids
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-
-
-def announce(folder, package, module):
-    """A folder as pip would leave it: the module lies in it, and metadata that names it."""
-    info = folder / f"{package.replace('-', '_')}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[carsam]\n{package} = {module}\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +22,6 @@ def outside(tmp_path_factory):
     folder = announce(tmp_path_factory.mktemp("site"), "toy-grids", "toy_grids")
     shutil.copy(HERE / "outside.py", folder / "toy_grids.py")
     return folder
-
-
-def python(*arguments, path=(), code=0):
-    """Runs Python with folders on ``sys.path``; its stdout and stderr."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-    }
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout, done.stderr
 
 
 def test_it_is_listed_and_its_grid_of_p_serves_any_method(outside):
