@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from carsam.bits.plan import BitPlan
 from carsam.errors import ConfigError
 from carsam.settings import build
+
+if TYPE_CHECKING:
+    from carsam.models.sites import Sites
 
 MAX_BOXES = 1000
 
@@ -55,6 +58,7 @@ class QuantizeConfig:
         calibration: The data.
         normalise: ``imagenet``, ``unit`` or ``min-max`` instead of the model's own normalisation of pixels.
         image_size: Side of the input in pixels, for a checkpoint that does not show it (see :func:`carsam.load_model`).
+        decoder_only: Leave the image encoder in floating point: all of its sites have 16 bits.
     """
 
     method: str = "car-sam"
@@ -64,10 +68,16 @@ class QuantizeConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     normalise: str | None = None
     image_size: int | None = None
+    decoder_only: bool = False
 
-    def bit_plan(self) -> BitPlan:
-        """The parsed bits."""
-        return BitPlan.parse(self.bits, self.overrides)
+    def bit_plan(self, sites: Sites | None = None) -> BitPlan:
+        """The parsed bits.
+
+        Args:
+            sites: Of the model; without them, ``decoder_only`` has no effect on the plan.
+        """
+        plan = BitPlan.parse(self.bits, self.overrides)
+        return replace(plan, within=sites.decoder) if self.decoder_only and sites is not None else plan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mappings, for YAML and JSON."""

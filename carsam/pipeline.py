@@ -125,6 +125,7 @@ def quantize(
             with stages("preparing"):
                 reference = reference_model(model, run.device, normalisation, config.image_size)
                 sites = find_sites(reference)
+                run.plan = config.bit_plan(sites)
                 run.plan.check(sites)
             data = images
             if not isinstance(images, CalibrationSet):
@@ -135,7 +136,7 @@ def quantize(
                 if kept is not None:
                     found = ingredients(reference, data, run.method, config, run.device)
                     kept.check(found)
-                    kept.begin(found, len(run.method.units(sites)))
+                    kept.begin(found, len(run.method.units(run.treated(sites))))
                 check_space(output, reference, sites, run.plan, partial)
             context = RunContext(
                 device=run.device,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from carsam.models.sites import Sites  # imports transformers, which may be importing this module
 
 SUPPORTED_BITS = (*range(2, 9), 16)
+# What people are told of a model of which only the decoder is quantized.
+FLOATING_ENCODER = "image encoder in floating point"
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,12 @@ class BitPlan:
         overrides: ``(pattern, bits)`` pairs. The pattern is a shell pattern over site names: a layer's path
             (``mask_decoder.*``, ``*.mlp.lin2``) sets its weights and input, an attention operand
             (``*.probs``, ``vision_encoder.layers.0.attn.key``) that activation.
+        within: Module path; all sites elsewhere stay in floating point, whatever else is said here. Empty: none do.
     """
 
     default: Bits
     overrides: tuple[tuple[str, Bits], ...] = ()
+    within: str = ""
 
     @classmethod
     def parse(cls, bits: str, overrides: dict[str, str] | None = None) -> BitPlan:
@@ -69,16 +73,28 @@ class BitPlan:
         """Refuses overrides that match nothing.
 
         Raises:
-            ConfigError: A pattern matches no site (a typo would otherwise pass in silence).
+            ConfigError: A pattern matches no site (a typo would otherwise pass in silence), or none that is quantized.
         """
         for pattern, _ in self.overrides:
-            if not any(fnmatchcase(name, pattern) for name in sites.names):
+            matched = [name for name in sites.names if fnmatchcase(name, pattern)]
+            if not matched:
                 raise ConfigError(
                     f"the bit setting {pattern!r} matches no site; site names look like "
                     f"{sites.layers[0].name!r} or {sites.attentions[-1].operand('probs')!r}."
                 )
+            if all(self.leaves(name) for name in matched):
+                raise ConfigError(
+                    f"the bit setting {pattern!r} matches only sites of the image encoder, which stays in floating "
+                    "point when only the decoder is quantized; leave out this setting or --decoder-only."
+                )
+
+    def leaves(self, name: str) -> bool:
+        """Whether a site lies where everything stays in floating point."""
+        return bool(self.within) and not name.startswith(f"{self.within}.")
 
     def _bits(self, *names: str) -> Bits:
+        if self.leaves(names[0]):
+            return Bits(16, 16)
         found = self.default
         for pattern, bits in self.overrides:
             if any(fnmatchcase(name, pattern) for name in names):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from carsam.bits.plan import FLOATING_ENCODER
 from carsam.commands.common import float16_bytes, megabytes, open_model, read_results
 from carsam.commands.output import Json, Output, Quiet
 
@@ -25,6 +26,7 @@ def info(
 ) -> None:
     """Show method, bits, sizes and layers of a model."""
     from carsam.models.family import family_of
+    from carsam.output.finished import read_recipe
     from carsam.pack.checkpoint import folder_size
     from carsam.pack.source import packed_folder
 
@@ -38,9 +40,12 @@ def info(
     if folder is not None:
         config = sam.config.quantization_config
         packed = folder_size(folder)
-        output.line(f"{model}: {config.method} at {config.bits}, written by carsam {config.carsam_version}")
+        decoder_only = read_recipe(folder).get("decoder_only") is True
+        what = f", {FLOATING_ENCODER}" if decoder_only else ""
+        output.line(f"{model}: {config.method} at {config.bits}{what}, written by carsam {config.carsam_version}")
         output.line(f"weights {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
         known |= {"method": config.method, "bits": config.bits, "carsam_version": config.carsam_version}
+        known["decoder_only"] = decoder_only
         known |= {"bytes": packed, "activation_grids": dict(grids(config.layout))}
     else:
         output.line(f"{model}: {family.names.title} in floating point, {megabytes(half)} in FP16")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from carsam.bits.plan import FLOATING_ENCODER
 from carsam.commands.common import METHODS, Device, ImageSize, Normalise, complete_from, float16_bytes, megabytes
 from carsam.commands.output import Json, Output, Quiet, finite, renamed
 from carsam.commands.progress import Reporter
@@ -78,6 +79,12 @@ def quantize(
             rich_help_panel=_METHOD,
         ),
     ] = None,
+    decoder_only: Annotated[
+        bool,
+        typer.Option(
+            "--decoder-only", help="Leave the image encoder in floating point (16 bits).", rich_help_panel=_METHOD
+        ),
+    ] = False,
     method: Annotated[
         str | None,
         typer.Option(
@@ -182,6 +189,7 @@ def quantize(
             seed=seed,
             normalise=normalise,
             image_size=image_size,
+            decoder_only=decoder_only,
         )
         if not config.calibration.images:
             raise ConfigError("calibration images are missing; name their folder with --data.")
@@ -216,7 +224,8 @@ def summarise(result: QuantizeResult, folder: Path, times: Iterable[str], output
     from carsam.pack.checkpoint import folder_size
 
     packed, half = folder_size(folder), float16_bytes(result.model)
-    output.line(f"{folder}: {result.recipe['method']} at {result.recipe['bits']}")
+    what = f", {FLOATING_ENCODER}" if result.recipe["decoder_only"] else ""
+    output.line(f"{folder}: {result.recipe['method']} at {result.recipe['bits']}{what}")
     output.line(f"  weights  {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
     if result.peak_memory:
         output.line(f"  memory   {megabytes(result.peak_memory)} at the peak")
@@ -236,6 +245,7 @@ def to_dict(result: QuantizeResult, folder: Path, reporter: Reporter) -> dict[st
         "model": result.recipe["model"],
         "method": result.recipe["method"],
         "bits": result.recipe["bits"],
+        "decoder_only": result.recipe["decoder_only"],
         "bytes": folder_size(folder),
         "float16_bytes": float16_bytes(result.model),
         "wall_seconds": round(reporter.seconds, 2),

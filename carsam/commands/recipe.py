@@ -134,6 +134,7 @@ def quantize_config(
     granularity: str | None = None,
     normalise: str | None = None,
     image_size: int | None = None,
+    decoder_only: bool = False,
     **calibration: Any,
 ) -> QuantizeConfig:
     """The configuration of a quantization: defaults, over them the recipe, over it the flags that were given.
@@ -145,6 +146,7 @@ def quantize_config(
         settings: ``key=value`` texts, which win over the flags that follow here.
         steps, no_mac, no_jcar, granularity: Flags for single method settings.
         normalise, image_size: Given flags, None where not given.
+        decoder_only: Leave the image encoder in floating point; otherwise the recipe says it.
         **calibration: Fields of ``CalibrationConfig``, None where not given.
 
     Raises:
@@ -169,6 +171,8 @@ def quantize_config(
         values["normalise"] = normalise
     if image_size is not None:
         values["image_size"] = image_size
+    if decoder_only:
+        values["decoder_only"] = True
     flags = shortcut_settings(
         values.get("method", default), steps=steps, no_mac=no_mac, no_jcar=no_jcar, granularity=granularity
     )

@@ -41,6 +41,7 @@ class Pair:
         packed: The packed model.
         sites: The sites of both models.
         method: That packed it.
+        decoder_only: The packed model's image encoder is in floating point.
     """
 
     source: PreTrainedModel
@@ -48,6 +49,7 @@ class Pair:
     packed: PreTrainedModel
     sites: Sites
     method: Method
+    decoder_only: bool = False
 
     @property
     def models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -93,7 +95,7 @@ def open_pair(
         set_normalisation(model, normalisation)
     check_pair(source, packed, str(float_model), str(quantized))
     sites = find_sites(source)
-    return Pair(source, float_form(source, sites), packed, sites, method)
+    return Pair(source, float_form(source, sites), packed, sites, method, recipe.get("decoder_only") is True)
 
 
 def check_pair(reference: PreTrainedModel, packed: PreTrainedModel, float_name: str, packed_name: str) -> None:
@@ -181,7 +183,7 @@ def round_to_nearest(
     method, sites = pair.method, pair.sites
     rounded, base = copy.deepcopy(pair.source), pair.reference
     if type(method).transform is not Method.transform:
-        method.transform(rounded, sites, data)
+        method.transform(rounded, sites.of_decoder() if pair.decoder_only else sites, data)
         base = float_form(copy.deepcopy(rounded), sites)
     prepare_model(rounded, sites, layout_plan(pair.packed, sites), method.quantizer_for, method.softmax_for)
     rounded.to(pair.device).eval().requires_grad_(False)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 ENCODER, DECODER = "encoder", "decoder"
+# Name of the image embeddings (1, C, h, w) among the tensors that the encoder's part gives to the decoder's.
+ENCODED = "hidden_states"
 GRANULARITIES = ("module", "pair", "block", "decoder")
 
 

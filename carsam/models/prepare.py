@@ -9,7 +9,7 @@ from torch import nn
 from carsam.bits.plan import BitPlan
 from carsam.models.attention import MatMulQuantizers
 from carsam.models.sites import AttentionSite, Sites, replace_module
-from carsam.quantizers import QuantizedLayer
+from carsam.quantizers import ActivationQuantizer, QuantizedLayer, UniformSoftmax
 
 MakeQuantizer = Callable[[str, int, str], nn.Module]
 MakeSoftmax = Callable[[str, int], nn.Module]
@@ -37,14 +37,20 @@ def prepare_model(
         softmax_for: Makes the quantizer of a softmax output from its name and bits.
     """
     plan.check(sites)
+
+    # Where a plan leaves a part in floating point, its places are the same for every method: at 16 bits they do
+    # nothing, and what the part gives can be shared.
+    def quantizer(site: str, role: str) -> nn.Module:
+        return ActivationQuantizer(16) if plan.leaves(site) else quantizer_for(site, plan.activation_bits(site), role)
+
+    def softmax(site: str) -> nn.Module:
+        return UniformSoftmax(16) if plan.leaves(site) else softmax_for(site, plan.activation_bits(site))
+
     for site in sites.layers:
-        quantizer = quantizer_for(site.input, plan.activation_bits(site.input), site.role)
-        layer = QuantizedLayer(model.get_submodule(site.name), plan.weight_bits(site.name), quantizer)
+        inputs = quantizer(site.input, site.role)
+        layer = QuantizedLayer(model.get_submodule(site.name), plan.weight_bits(site.name), inputs)
         replace_module(model, site.name, layer.to(layer.weight.device))
     for site in sites.attentions:
-        operands = [
-            quantizer_for(site.operand(which), plan.activation_bits(site.operand(which)), which)
-            for which in ("query", "key", "value")
-        ]
-        probs = softmax_for(site.operand("probs"), plan.activation_bits(site.operand("probs")))
+        operands = [quantizer(site.operand(which), which) for which in ("query", "key", "value")]
+        probs = softmax(site.operand("probs"))
         attach_attention(model, site, sites, MatMulQuantizers(*operands, probs))

@@ -5,7 +5,7 @@ A family fills these in (``carsam/models/<family>/sites.py``); nothing else spel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -138,6 +138,16 @@ class Sites:
     def in_decoder(self, path: str) -> bool:
         """Whether a module path lies in the decoder."""
         return path == self.decoder or path.startswith(self.decoder + ".")
+
+    def of_decoder(self) -> Sites:
+        """The decoder's sites alone: what is left to quantize when the image encoder stays in floating point."""
+        return replace(
+            self,
+            layers=tuple(site for site in self.layers if self.in_decoder(site.name)),
+            attentions=tuple(site for site in self.attentions if self.in_decoder(site.name)),
+            encoder_stages=(),
+            readers=tuple(pair for pair in self.readers if self.in_decoder(pair[1])),
+        )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from carsam.bits.plan import FLOATING_ENCODER
 from carsam.config import CalibrationConfig, QuantizeConfig
 from carsam.data.coco.ground_truth import GroundTruth
 from carsam.errors import CarsamError, ConfigError
@@ -45,12 +46,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: a method with settings, under a name of its own."""
+    """One row of the table: a method with settings, under a name of its own; ``decoder_only`` as for a quantization."""
 
     name: str
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, str] = field(default_factory=dict)
+    decoder_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,11 @@ def compare(
         data = functools.cache(functools.partial(calibration_set, model, **asdict(calibration)))
         chosen = _calibration_fingerprint(model, calibration)
         for bits, row in itertools.product(comparison.bits, comparison.rows):
-            config = QuantizeConfig(row.method, row.settings, bits, row.overrides, calibration)
+            config = QuantizeConfig(
+                row.method, row.settings, bits, row.overrides, calibration, decoder_only=row.decoder_only
+            )
             method = create(row.method, row.settings)
-            key = fingerprint(base, chosen, row.method, method.to_dict(), row.overrides, bits, seed)
+            key = fingerprint(base, chosen, row.method, method.to_dict(), row.overrides, row.decoder_only, bits, seed)
             measure = functools.partial(_measure, comparison, config, model, data, folder, key, device, progress)
             found = _cached(folder, key, measure)
             note(f"{bits} {row.name}, seed {seed}: {_scores(found)}")
@@ -157,7 +161,7 @@ def compare(
                     found["bytes"],
                     _calibration_seconds(spent),
                     spent["peak_memory_bytes"],
-                    method.notes,
+                    "; ".join(note for note in (FLOATING_ENCODER if row.decoder_only else "", method.notes) if note),
                 )
             )
     order = {(bits, row.name): i for i, (bits, row) in enumerate(itertools.product(comparison.bits, comparison.rows))}

@@ -72,6 +72,10 @@ class Run:
     plan: BitPlan
     device: torch.device
 
+    def treated(self, sites: Sites) -> Sites:
+        """The sites that the method sees: all, or those of the decoder."""
+        return sites.of_decoder() if self.config.decoder_only else sites
+
 
 def reference_model(
     model: PreTrainedModel | str | Path,
@@ -114,9 +118,10 @@ def to_integers(
         The quantized model, not packed yet, and what happened on the way.
     """
     method, plan, stages, hooks = run.method, run.plan, context.stages, context.hooks
+    treated = run.treated(sites)
     with stages("weight grids"):
         with hooks.work("transform"):
-            transforms = method.transform(reference, sites, data)
+            transforms = method.transform(reference, treated, data)
         model = copy.deepcopy(reference)
         prepare_model(model, sites, plan, method.quantizer_for, method.softmax_for)
         model.to(context.device).requires_grad_(False)
@@ -124,13 +129,13 @@ def to_integers(
             fit_weights(model, method.weight_observer)
 
     report = WalkReport()
-    units = method.units(sites)
+    units = method.units(treated)
     if units:
         bits = [plan.weight_bits(site.name) for site in sites.layers]
         bits += [plan.activation_bits(name) for name in sites.activation_names]
         base_key = fingerprint(base_ingredients(reference, data, context.seed, context.device), bits)
         with stages("units", len(units)):
-            report = Walk(model, reference, sites, method, data, base_key, context).run()
+            report = Walk(model, reference, treated, method, data, base_key, context).run()
     else:
         total = len(data.images)
 

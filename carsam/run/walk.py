@@ -20,9 +20,10 @@ from carsam.calibrate.observers import RangeRecorder
 from carsam.compensate.acnr import AcnrReport
 from carsam.compensate.mac import MacReport
 from carsam.methods.base import Method
-from carsam.models.family import Part, Stage, Tensors
+from carsam.models.family import ENCODED, Part, Stage, Tensors
+from carsam.models.forward import encode_image
 from carsam.models.sites import Sites
-from carsam.prompts.calibration import CalibrationSet
+from carsam.prompts.calibration import CalibrationImage, CalibrationSet
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.reconstruct.layerwise import optimise_layers
 from carsam.reconstruct.optimize import UnitData, UnitReport, relative_errors
@@ -49,7 +50,7 @@ class Walk:
     Args:
         model: The model with quantized layers, grids of weights fitted.
         reference: The float model.
-        sites: Their sites.
+        sites: Their sites; without the image encoder's, that is run in floating point as a whole.
         method: Gives units, settings and preparations.
         data: Calibration images with boxes.
         base_key: Fingerprint of everything that decides the result before the first unit.
@@ -97,7 +98,7 @@ class Walk:
         """Both streams at the first stage of a part."""
         if before is None:
             # Nothing is quantized before the first stage: both models compute the same.
-            first = self._cached(lambda i: part.enter(self.reference, {}, self.data.images[i]))
+            first = self._cached(lambda i: self._first(part, self.data.images[i]))
             return _Stream(self.model, first), _Stream(self.reference, first)
 
         def entered(stream: _Stream) -> _Stream:
@@ -109,6 +110,12 @@ class Walk:
             )
 
         return entered(before[0]), entered(before[1])
+
+    def _first(self, part: Part, image: CalibrationImage) -> Tensors:
+        """Inputs of the first stage; of a part that stays in floating point as a whole, what it gives."""
+        if part.stages:
+            return part.enter(self.reference, {}, image)
+        return {ENCODED: encode_image(self.reference, image.pixel_values)}
 
     def _stage(self, stage: Stage, quantized: _Stream, floating: _Stream, *, last: bool, last_part: bool) -> None:
         """Reconstructs the units of a stage, and takes both streams behind it."""
