@@ -33,6 +33,7 @@ from carsam.pack.layout import pack
 from carsam.pack.writing import Facts, attach
 from carsam.prompts.calibration import CalibrationSet, calibration_set
 from carsam.run.context import Hooks, Progress, RunContext
+from carsam.run.embeddings import Embeddings
 from carsam.run.memory import peak_memory
 from carsam.run.progress import Stages
 from carsam.run.quantization import QuantizeResult, Run, reference_model, to_integers
@@ -57,6 +58,7 @@ def quantize(
     cache_gigabytes: float = 6.0,
     progress: Progress | bool | None = None,
     hooks: Hooks | None = None,
+    embeddings: Embeddings | None = None,
 ) -> QuantizeResult:
     """Quantizes a Segment Anything model.
 
@@ -79,6 +81,8 @@ def quantize(
             ``progress(unit_index, n_units, unit_name, step, n_steps)``; where it has a method
             ``stage(name, done, total)``, that is told of the stages: see :class:`carsam.run.progress.StageProgress`.
         hooks: For whoever measures the run itself; see :class:`carsam.run.context.Hooks`.
+        embeddings: Where embeddings of the calibration images are kept and taken from if only the decoder is quantized;
+            the user's cache folder if None.
 
     Returns:
         The packed model and the reports. With ``out``, the model is the one loaded back from there.
@@ -127,6 +131,9 @@ def quantize(
                 sites = find_sites(reference)
                 run.plan = config.bit_plan(sites)
                 run.plan.check(sites)
+            if config.decoder_only:
+                # No transform changes what methods do not see, so the float encoder stays as it is.
+                stack.enter_context((embeddings or Embeddings()).serving(reference))
             data = images
             if not isinstance(images, CalibrationSet):
                 with stages("proposals", config.calibration.n_images):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,7 @@ def showcase(
     from carsam.models.load import load_model
     from carsam.output.files import write_json
     from carsam.pack.checkpoint import folder_size
+    from carsam.run.embeddings import Embeddings
     from carsam.run.measured import measure, quantize_and_measure
 
     # A run that fails half-way must not leave an older run's results beside its own files.
@@ -145,9 +146,11 @@ def showcase(
 
     with ExitStack() as stack:
         journals = None if restart else stack.enter_context(_keeping(folder))
+        # Begun anew, times are those of the whole work.
+        embeddings = None if restart else Embeddings()
         watch = _watch(sample.float_title)
         size = folder_size(sample.model) if sample.model.is_dir() else float16_bytes(float_model)
-        floating = measure(float_model, data, size, watch=watch, journals=journals)
+        floating = measure(float_model, data, size, watch=watch, journals=journals, embeddings=embeddings)
         packed = quantize_and_measure(
             relative(sample.model),
             config.calibration.images,
@@ -156,6 +159,7 @@ def showcase(
             folder / QUANTIZED,
             watch=_watch(name, f"quantizing {relative(sample.model)} to {name} with {config.method}"),
             journals=journals,
+            embeddings=embeddings,
             **_beginning(folder / QUANTIZED, restart=restart),
         )
         difference = difference_interval(packed.scores.per_image, floating.scores.per_image)
@@ -167,7 +171,8 @@ def showcase(
             float_evaluation=_noted(floating, data),
         )
         models = {"float": float_model, name: packed.model}
-        draw_overlays(models, data, folder / OVERLAYS, count=overlays)
+        with embeddings.serving(float_model) if embeddings else nullcontext():
+            draw_overlays(models, data, folder / OVERLAYS, count=overlays)
         write_page(sample, folder, limit, quiet=restart)
 
         values = {"rows": [asdict(row) for row in rows], "threads": torch.get_num_threads(), "torch": torch.__version__}

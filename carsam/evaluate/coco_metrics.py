@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from carsam.predict.predictor import encode_image, predict_logits
 from carsam.prompts.evaluation import box_prompts, evaluation_image
 from carsam.prompts.image import PROMPTS_PER_BATCH, PromptedImage
 
+if TYPE_CHECKING:
+    from carsam.run.embeddings import Embeddings
+
 Progress = Callable[[int, int], None]
 
 
@@ -39,6 +43,7 @@ def evaluate_coco(
     prompts_per_batch: int = PROMPTS_PER_BATCH,
     progress: Progress | None = None,
     journals: Journals | None = None,
+    embeddings: Embeddings | None = None,
 ) -> CocoResult:
     """Prompts a model with boxes and scores its single-mask output as pycocotools does.
 
@@ -57,6 +62,7 @@ def evaluate_coco(
         prompts_per_batch: Prompts decoded at once.
         progress: Called with (images done, images) after each image.
         journals: Where finished images are kept and taken from; None keeps nothing.
+        embeddings: Where image embeddings are kept and taken from; None computes them. The scores are the same.
 
     Raises:
         ConfigError: ``prompts_per_batch`` is below 1.
@@ -76,7 +82,7 @@ def evaluate_coco(
 
     predictions: list[Prediction] = []
     scores: list[ImageScore] = []
-    with evaluating(model, device):
+    with evaluating(model, device), embeddings.serving(model) if embeddings else contextlib.nullcontext():
         journal = None
         if journals is not None:
             files = {"annotation file": coco_file, "detections": detections}

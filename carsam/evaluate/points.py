@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from carsam.evaluate.intervals import interval_of_means
 from carsam.evaluate.journal import Journals, evaluation_parts
 from carsam.output.files import write_json
 from carsam.predict.predictor import encode_image, predict_logits
+
+if TYPE_CHECKING:
+    from carsam.run.embeddings import Embeddings
 
 # Of all masks of a batch: a few of these at a byte a pixel are in memory at once.
 MAX_BATCH_PIXELS = 2**28
@@ -83,6 +87,7 @@ def evaluate_points(
     prompts_per_batch: int = 16,
     progress: Progress | None = None,
     journals: Journals | None = None,
+    embeddings: Embeddings | None = None,
 ) -> PointResult:
     """Simulates a user who clicks where the mask is most wrong.
 
@@ -102,6 +107,7 @@ def evaluate_points(
         prompts_per_batch: Objects handled at once.
         progress: Called with (images done, images) after each image.
         journals: Where finished images are kept and taken from; None keeps nothing.
+        embeddings: Where image embeddings are kept and taken from; None computes them. The scores are the same.
 
     Raises:
         ConfigError: ``clicks`` is empty, or a number is below 1.
@@ -116,7 +122,7 @@ def evaluate_points(
     preprocess = Preprocessor.for_model(model)
 
     tables: list[np.ndarray] = []
-    with evaluating(model, device):
+    with evaluating(model, device), embeddings.serving(model) if embeddings else nullcontext():
         journal = None
         if journals is not None:
             settings = {"limit": limit, "clicks": clicks, "prompts_per_batch": prompts_per_batch}

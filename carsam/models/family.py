@@ -215,6 +215,13 @@ class Family(ABC):
     def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         """Image embeddings of preprocessed images ``(B, 3, S, S)``."""
 
+    def embedding_module(self, model: nn.Module) -> nn.Module:
+        """The module whose tensors, modules and ``config`` decide the image embeddings of given pixels.
+
+        The whole model unless a family knows better; embeddings are shared by all models that agree in it.
+        """
+        return model
+
     @abstractmethod
     def predict_logits(self, model: nn.Module, image_embeddings: Tensor, **prompts: Any) -> tuple[Tensor, Tensor]:
         """Low-resolution logits and predicted IoU of prompts; see :func:`carsam.models.forward.predict_logits`."""

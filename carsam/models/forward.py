@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from carsam.models.family import family_of
 
+Source = Callable[[Tensor, Callable[[], Tensor]], Tensor]
+_sources: dict[int, Source] = {}
 Around = Callable[[str, Callable[[], Any]], Any]
 _around: Around = lambda _name, run: run()  # noqa: E731 - replaced below, and back
 
@@ -34,9 +36,33 @@ def watched(around: Around) -> Iterator[None]:
         _around = before
 
 
+@contextmanager
+def served(model: nn.Module, source: Source) -> Iterator[None]:
+    """Asks ``source(pixel_values, encode)`` for the image embeddings of this very model inside the block.
+
+    Args:
+        model: The model; copies of it are not served.
+        source: Gives the embeddings; ``encode()`` computes them.
+    """
+    before = _sources.get(id(model))
+    _sources[id(model)] = source
+    try:
+        yield
+    finally:
+        if before is None:
+            del _sources[id(model)]
+        else:
+            _sources[id(model)] = before
+
+
 def encode_image(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """Image embeddings ``(B, C, h, w)`` of preprocessed images ``(B, 3, S, S)``, on the model's device."""
-    return _around("encode", lambda: family_of(model).encode_image(model, pixel_values))
+
+    def encode() -> Tensor:
+        return family_of(model).encode_image(model, pixel_values)
+
+    source = _sources.get(id(model))
+    return _around("encode", encode if source is None else lambda: source(pixel_values, encode))
 
 
 def predict_logits(

@@ -37,6 +37,7 @@ from carsam.prompts.calibration import CalibrationSet, calibration_set
 from carsam.reading import read_json
 from carsam.run.comparison_table import FLOAT, METRICS, ComparisonResult, Measurement, Published
 from carsam.run.context import Progress
+from carsam.run.embeddings import Embeddings
 from carsam.run.measured import EvaluationData, Measured, Watch, measure, quantize_and_measure
 from carsam.run.store import code_fingerprint, config_fingerprint, fingerprint, model_fingerprint, versions
 from carsam.settings import build
@@ -107,6 +108,7 @@ def compare(
     device: str = "cpu",
     note: Callable[[str], None] | None = None,
     progress: Progress | None = None,
+    embeddings: Embeddings | None = None,
 ) -> ComparisonResult:
     """Runs a comparison; what was measured before, with the same code and settings, is not measured again.
 
@@ -117,11 +119,14 @@ def compare(
         device: Where to run.
         note: Told a line per measurement.
         progress: Of each quantization.
+        embeddings: Where the float encoder's image embeddings are kept and taken from: seeds, rows of the decoder alone
+            and the float model share them. The user's cache folder if None.
 
     Returns:
         All measurements; also in ``folder/result.json``, and as a table in ``folder/table.md``.
     """
     note = note or (lambda _: None)
+    embeddings = embeddings or Embeddings()
     model = load_model(comparison.model, normalise=comparison.normalise)
     # Contents, not paths: a file that changed at its place must be measured again.
     base = (
@@ -131,7 +136,7 @@ def compare(
         versions("pillow", "pycocotools"),
         _evaluation_fingerprint(comparison),
     )
-    floating = _cached(folder, fingerprint(FLOAT, base), lambda: _measure_float(model, comparison, device))
+    floating = _cached(folder, fingerprint(FLOAT, base), lambda: _measure_float(model, comparison, device, embeddings))
     note(f"{FLOAT}: {_scores(floating)}")
 
     measurements = []
@@ -139,7 +144,7 @@ def compare(
     for seed in comparison.seeds:
         calibration = replace(comparison.calibration, seed=seed)
         # Boxes of the model's own masks are found once a seed, and only where something is left to measure.
-        data = functools.cache(functools.partial(calibration_set, model, **asdict(calibration)))
+        data = functools.cache(functools.partial(_calibration_set, model, calibration, embeddings))
         chosen = _calibration_fingerprint(model, calibration)
         for bits, row in itertools.product(comparison.bits, comparison.rows):
             config = QuantizeConfig(
@@ -147,7 +152,9 @@ def compare(
             )
             method = create(row.method, row.settings)
             key = fingerprint(base, chosen, row.method, method.to_dict(), row.overrides, row.decoder_only, bits, seed)
-            measure = functools.partial(_measure, comparison, config, model, data, folder, key, device, progress)
+            measure = functools.partial(
+                _measure, comparison, config, model, data, folder, key, device, progress, embeddings
+            )
             found = _cached(folder, key, measure)
             note(f"{bits} {row.name}, seed {seed}: {_scores(found)}")
             scored.setdefault((bits, row.name), []).append(found["per_image"])
@@ -184,6 +191,11 @@ def compare(
     return result
 
 
+def _calibration_set(model: PreTrainedModel, calibration: CalibrationConfig, embeddings: Embeddings) -> CalibrationSet:
+    with embeddings.serving(model):
+        return calibration_set(model, **asdict(calibration))
+
+
 def _scores(found: dict[str, Any]) -> str:
     return f"segm AP {found['segm_ap']:.1f}, box AP {found['box_ap']:.1f}, mean IoU {found['mean_iou']:.1f}"
 
@@ -197,6 +209,7 @@ def _measure(
     key: str,
     device: str,
     progress: Progress | None,
+    embeddings: Embeddings,
 ) -> dict[str, Any]:
     """Quantizes, packs, loads back and measures one row; the packed folder does not stay."""
     # With the process in its name: another one may be at the same row.
@@ -213,15 +226,18 @@ def _measure(
             device=device,
             overwrite=True,
             unit_cache=folder / "units",
+            embeddings=embeddings,
         )
     finally:
         shutil.rmtree(out, ignore_errors=True)
     return {**_to_dict(found), "quantization": found.quantization}
 
 
-def _measure_float(model: PreTrainedModel, comparison: Comparison, device: str) -> dict[str, Any]:
+def _measure_float(
+    model: PreTrainedModel, comparison: Comparison, device: str, embeddings: Embeddings
+) -> dict[str, Any]:
     size = 2 * sum(value.numel() for value in model.parameters())
-    return _to_dict(measure(model, _evaluation(comparison), size, device=device))
+    return _to_dict(measure(model, _evaluation(comparison), size, device=device, embeddings=embeddings))
 
 
 def _evaluation(comparison: Comparison) -> EvaluationData:

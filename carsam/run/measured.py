@@ -25,6 +25,7 @@ from carsam.pack.checkpoint import folder_size
 from carsam.pipeline import QuantizeResult, quantize
 from carsam.prompts.calibration import CalibrationSet
 from carsam.run.context import Hooks, Progress
+from carsam.run.embeddings import Embeddings
 from carsam.run.memory import peak_memory
 
 
@@ -64,7 +65,8 @@ class Measured:
         model: The model; a packed one is the one loaded back from its folder.
         scores: Of the evaluation, image by image too.
         file_bytes: Size of its weights file.
-        evaluate_seconds: Wall-clock time of the evaluation; None where images of an interrupted one were taken over.
+        evaluate_seconds: Wall-clock time of the evaluation; None where images of an interrupted one were taken over,
+            or kept image embeddings.
         peak_memory: Of the process in bytes: up to the end of the quantization, or else of the evaluation.
         quantization: What ``results.json`` notes of it; None for a float model. Its ``seconds`` are those of all its
             units, also of those that came from an interrupted run or from another row of a comparison.
@@ -87,6 +89,7 @@ def measure(
     device: str | torch.device | None = None,
     watch: Watch | None = None,
     journals: Journals | None = None,
+    embeddings: Embeddings | None = None,
 ) -> Measured:
     """Evaluates a model.
 
@@ -98,17 +101,28 @@ def measure(
         device: Where to evaluate; None leaves the model where it is.
         watch: Told how far it is.
         journals: Where finished images are kept and taken from; None keeps nothing.
+        embeddings: Where image embeddings are kept and taken from; None computes them.
 
     Raises:
         CarsamError: The model, the images or the annotations are damaged.
     """
     watch = watch or Watch()
-    started = time.perf_counter()
+    started, found = time.perf_counter(), embeddings.found if embeddings is not None else 0
     with watch.evaluating() as progress:
         scores = evaluate_coco(
-            model, data.coco, data.images, device=device, limit=data.limit, progress=progress, journals=journals
+            model,
+            data.coco,
+            data.images,
+            device=device,
+            limit=data.limit,
+            progress=progress,
+            journals=journals,
+            embeddings=embeddings,
         )
-    seconds = None if journals is not None and journals.taken_over else time.perf_counter() - started
+    seconds: float | None = time.perf_counter() - started
+    # A time of less than the whole work would be taken for the model's.
+    if (journals is not None and journals.taken_over) or (embeddings is not None and embeddings.found > found):
+        seconds = None
     peak = peak_memory() if quantization is None else quantization["peak_memory_bytes"]
     return Measured(model, scores, file_bytes, seconds, peak, quantization)
 
@@ -123,6 +137,7 @@ def quantize_and_measure(
     evaluation_device: str | torch.device | None = None,
     watch: Watch | None = None,
     journals: Journals | None = None,
+    embeddings: Embeddings | None = None,
     **options: Any,
 ) -> Measured:
     """Quantizes a model into a folder, loads it back and evaluates it.
@@ -136,6 +151,8 @@ def quantize_and_measure(
         evaluation_device: Where to evaluate; None is where the quantization ran.
         watch: Told how far it is.
         journals: Where the evaluation's finished images are kept and taken from.
+        embeddings: Where image embeddings are kept and taken from if only the decoder is quantized; those of another
+            quantized model are nobody else's.
         options: Others of :func:`carsam.quantize`.
 
     Raises:
@@ -144,9 +161,17 @@ def quantize_and_measure(
     watch = watch or Watch()
     earlier = read_quantization(out)
     found: list[str] = []
+    embeddings = embeddings if config.decoder_only else None
     with watch.quantizing() as progress:
         result = quantize(
-            model, calibration, config, out=out, progress=progress, hooks=Hooks(unit_found=found.append), **options
+            model,
+            calibration,
+            config,
+            out=out,
+            progress=progress,
+            hooks=Hooks(unit_found=found.append),
+            embeddings=embeddings,
+            **options,
         )
     return measure(
         result.model,
@@ -156,6 +181,7 @@ def quantize_and_measure(
         device=evaluation_device,
         watch=watch,
         journals=journals,
+        embeddings=embeddings,
     )
 
 

@@ -87,15 +87,15 @@ def model_fingerprint(model: nn.Module) -> str:
 def config_fingerprint(model: nn.Module) -> str:
     """SHA-256 of what decides a model's outputs beside its weights: its configuration and preprocessing."""
     values = json.loads(model.config.to_json_string(use_diff=False))
-    return fingerprint(_without_provenance(values), preprocessor_config(model))
+    return fingerprint(without_provenance(values), preprocessor_config(model))
 
 
-def _without_provenance(values: Any) -> Any:
+def without_provenance(values: Any) -> Any:
     """A configuration without the entries that say where it comes from."""
     if not isinstance(values, dict):
         return values
     left_out = ("_name_or_path", "transformers_version", "architectures")
-    return {name: _without_provenance(value) for name, value in values.items() if name not in left_out}
+    return {name: without_provenance(value) for name, value in values.items() if name not in left_out}
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -128,6 +128,9 @@ class Sam(Family):
     def encode_image(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         return forward.encode_image(model, pixel_values)
 
+    def embedding_module(self, model: nn.Module) -> nn.Module:
+        return model.get_submodule(encoder.ENCODER)
+
     def predict_logits(self, model: nn.Module, image_embeddings: Tensor, **prompts: Any) -> tuple[Tensor, Tensor]:
         return forward.predict_logits(model, image_embeddings, **prompts)
 
