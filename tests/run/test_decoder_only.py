@@ -89,9 +89,9 @@ def test_it_is_diagnosed(decoder_folder, nano_folder, tmp_path):
     assert all(site.site.startswith("mask_decoder.") for site in found.sensitivity)
 
 
-@pytest.mark.parametrize("method", ["rtn", "ptq4sam-s", "ahcptq", "qdrop"])
+@pytest.mark.parametrize("method", ["rtn", "ptq4sam-s", "ahcptq", "ahcq-sam"])
 def test_every_kind_of_method_leaves_the_encoder(method, nano, small_set, decoder_config):
-    settings = {"reconstruction": QUICK["reconstruction"]} if method in ("ahcptq", "qdrop") else {}
+    settings = {"reconstruction": QUICK["reconstruction"]} if method in ("ahcptq", "ahcq-sam") else {}
     config = replace(decoder_config, method=method, settings=settings)
     packed = carsam.quantize(nano, small_set, config).model
     for name, value in nano.vision_encoder.state_dict().items():
