@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import QUICK
 from places import EVALUATION_COCO, EVALUATION_IMAGES
 
 import carsam
@@ -91,7 +90,7 @@ def test_it_is_diagnosed(decoder_folder, nano_folder, tmp_path):
 
 @pytest.mark.parametrize("method", ["rtn", "ptq4sam-s", "ahcptq", "ahcq-sam"])
 def test_every_kind_of_method_leaves_the_encoder(method, nano, small_set, decoder_config):
-    settings = {"reconstruction": QUICK["reconstruction"]} if method in ("ahcptq", "ahcq-sam") else {}
+    settings = {"reconstruction": decoder_config.settings["reconstruction"]} if method in ("ahcptq", "ahcq-sam") else {}
     config = replace(decoder_config, method=method, settings=settings)
     packed = carsam.quantize(nano, small_set, config).model
     for name, value in nano.vision_encoder.state_dict().items():
