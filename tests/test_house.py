@@ -297,3 +297,9 @@ def test_small_models_are_what_loading_gives():
         assert isinstance(model, families()[name].model_class) and not model.training
         assert skeleton(type(model), model.config).state_dict().keys() == model.state_dict().keys()
         assert all(isinstance(module, nn.Module) for module in model.children())
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
