@@ -18,7 +18,7 @@ from mutations import mutate_bytes, mutate_json
 import carsam
 from carsam.errors import CarsamError
 from carsam.models.load import load_model
-from carsam.models.sam.random import BAD_CONFIG
+from carsam.models.skeleton import BAD_CONFIG
 
 
 def checkpoints(rng: random.Random, folder: Path, base: Base) -> Run:
