@@ -66,6 +66,7 @@ def _distribution(entry: EntryPoint) -> str:
     return f" of the package {entry.dist.name}" if entry.dist is not None else ""
 
 
+@functools.cache  # the folder does not change, and registries are asked at every prediction
 def import_modules(package: str, module: str = "") -> None:
     """Imports every module of a package's folder; with ``module``, the one of that name in every folder below it."""
     parent = importlib.import_module(package)

@@ -19,7 +19,6 @@ hook                   says
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from carsam.errors import CheckpointError
 from carsam.models.names import Names
 from carsam.models.sites import Sites
-from carsam.plugins import import_modules, load_plugins
+from carsam.plugins import named_subclasses
 
 if TYPE_CHECKING:
     from carsam.models.attention import MatMulQuantizers
@@ -255,23 +254,14 @@ class Family(ABC):
         return hash(type(self))
 
 
-@functools.cache
-def _import_families() -> None:
-    import_modules("carsam.models", "family")
-    load_plugins()
-
-
 def families() -> dict[str, Family]:
-    """All families by name: every folder here with a ``family.py``, and whatever subclasses were imported."""
-    _import_families()
-    found: dict[str, Family] = {}
-    pending = list(Family.__subclasses__())
-    while pending:
-        cls = pending.pop()
-        pending += cls.__subclasses__()
-        if cls.__dict__.get("name"):
-            found[cls.name] = cls()
-    return dict(sorted(found.items()))
+    """All families by name: every folder here with a ``family.py``, and whatever subclasses were imported.
+
+    Raises:
+        ConfigError: Two of them have one name.
+    """
+    classes = named_subclasses(Family, "name", "carsam.models", what="family definition", module="family")
+    return {name: cls() for name, cls in classes.items()}
 
 
 def family_of(model: nn.Module) -> Family:

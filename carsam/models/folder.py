@@ -140,16 +140,8 @@ def _load_transformers(
         tensors = {name: value for name, value in _all_tensors(files).items() if name.startswith(prefix)}
         return _assemble(family, config, {name.removeprefix(prefix): value for name, value in tensors.items()}, source)
     try:
-        with quiet_transformers(bars=False):
-            # Sizes that differ are collected here and reported below with the rest, instead of as a traceback.
-            model, info = family.model_class.from_pretrained(
-                str(folder),
-                dtype=torch.float32,
-                attn_implementation="eager",
-                local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        # Sizes that differ are collected here and reported below with the rest, instead of as a traceback.
+        model, info = from_folder(family, folder, ignore_mismatched_sizes=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise CheckpointError(
             f"the weights in {source} are damaged or cut short; download them again. ({first_line(error)})"
@@ -161,6 +153,23 @@ def _load_transformers(
         ) from error
     _report(source, {kind: info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")})
     return model
+
+
+def from_folder(family: Family, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What transformers loads from a folder: the model in float32 with eager attention, and its report on the keys.
+
+    Raises:
+        Whatever transformers raises for a folder that it cannot load.
+    """
+    with quiet_transformers(bars=False):
+        return family.model_class.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
 
 
 def _assemble(family: Family, config: dict[str, Any], state: dict[str, Tensor], source: str) -> PreTrainedModel:

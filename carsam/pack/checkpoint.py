@@ -15,8 +15,8 @@ from carsam.data.images.normalisation import named_normalisation, normalisation_
 from carsam.device import resolve_device
 from carsam.errors import CarsamError, CheckpointError
 from carsam.models.family import Family, family_of, family_of_type
-from carsam.models.folder import check_image_size
-from carsam.models.load import is_hub_id, load_model, quiet_transformers
+from carsam.models.folder import check_image_size, from_folder
+from carsam.models.load import is_hub_id, load_model
 from carsam.models.skeleton import BAD_CONFIG
 from carsam.output.target import replaced_folder
 from carsam.pack.calibration_places import remember
@@ -83,14 +83,7 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", revision: st
         folder = _not_packed(source)
     family = check_folder(folder)
     try:
-        with quiet_transformers(bars=False):
-            model, info = family.model_class.from_pretrained(
-                str(folder),
-                dtype=torch.float32,
-                attn_implementation="eager",
-                local_files_only=True,
-                output_loading_info=True,
-            )
+        model, info = from_folder(family, folder)
     except CarsamError:
         raise
     except (OSError, SafetensorError, RecursionError, *BAD_CONFIG) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from transformers import SamConfig, SamModel
 
 from carsam.data.images.normalisation import BUFFERS, from_buffers, set_normalisation
 from carsam.errors import CheckpointError
-from carsam.models.files.state import find_state, some
-from carsam.models.files.torch import mappings, read_torch_file
+from carsam.models.files.state import some
+from carsam.models.files.torch import mappings
 from carsam.models.sam.declared import numbered
 from carsam.models.skeleton import BAD_CONFIG, skeleton
 
@@ -99,33 +98,6 @@ def state_dict_to_meta(model: SamModel) -> dict[str, Tensor]:
     """
     weights = model.state_dict()
     return {meta: weights[name] for name, meta in key_map(model).items()}
-
-
-def read_meta_file(path: Path) -> dict[str, Tensor]:
-    """Reads a ``.pth`` / ``.pt`` file without running any code in it, and finds SAM's state dict inside.
-
-    Accepts the bare state dict, and one wrapped in dicts or under a common prefix
-    (``{"model": ...}``, ``{"state_dict": ...}``, ``module.``).
-
-    Args:
-        path: An existing file.
-
-    Returns:
-        Tensors by Meta's names, still in the file's dtype; they may be mapped from the file, so copy before keeping.
-
-    Raises:
-        CheckpointError: Damaged, pickled code, or not a SAM.
-    """
-    content = read_torch_file(path)
-    state = find_meta_state(content, str(path))
-    if state is None:
-        raise CheckpointError(f"{path} is not a SAM checkpoint: {why_not_sam(content)}")
-    return state
-
-
-def find_meta_state(content: object, source: str) -> dict[str, Tensor] | None:
-    """SAM's tensors by Meta's names in a checkpoint's content; None where there are none."""
-    return find_state(content, ANCHOR, source)
 
 
 def why_not_sam(content: object) -> str:
