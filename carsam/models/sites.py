@@ -70,6 +70,8 @@ class AttentionSite:
             what scales a channel of the query must divide theirs.
         coupled: The attention is called with ``query``, ``key`` and ``value`` of its own, which may come from two
             streams (a decoder's); otherwise all three come from one tensor.
+        rotary: Queries and keys are rotated by their positions (RoPE) between projection and MatMul.
+        pooled: Queries are pooled, channel by channel, between projection and MatMul.
     """
 
     name: str
@@ -79,6 +81,8 @@ class AttentionSite:
     output: str
     positions: tuple[str, ...] = ()
     coupled: bool = False
+    rotary: bool = False
+    pooled: bool = False
 
     def operand(self, which: str) -> str:
         """Name of the activation site of ``query``, ``key``, ``value`` or ``probs``."""
@@ -99,6 +103,23 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class ResidualStream:
+    """The stream of an image encoder that its blocks add to, where its channels may be mixed (METHOD.md, 9).
+
+    Every module that reads it is named: norms over its channels with the layers behind them, or layers themselves.
+
+    Attributes:
+        writers: Layers whose outputs are added to it.
+        tables: Parameters that are added to it, channels last (position embeddings).
+        readers: Layers that read it without a norm.
+    """
+
+    writers: tuple[str, ...]
+    tables: tuple[str, ...]
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Sites:
     """All sites of one model, in execution order.
 
@@ -110,6 +131,9 @@ class Sites:
         decoder: Module path that all sites of the decoder lie under; everything else is the encoder.
         readers: ``(norm, layer)`` module paths: the layer alone reads what the norm gives, so that channels may be
             scaled in one and divided in the other.
+        padded: Those of these layers that also read zeros, padded in after the norm: its bias cannot be moved to them.
+        residual: The image encoder's stream, where an orthogonal map may turn it; else the reason why none may, in
+            words that follow "because".
         moments: The decoder's parts.
         neighbours: ``(part, neighbour)`` of the decoder: each reads what the other writes (METHOD.md, 8).
         focus: Attentions whose maps over the image show what a mask rests on.
@@ -124,6 +148,8 @@ class Sites:
     decoder_stages: tuple[str, ...]
     decoder: str
     readers: tuple[tuple[str, str], ...] = ()
+    padded: tuple[str, ...] = ()
+    residual: ResidualStream | str = "the family does not say what reads and writes the stream"
     moments: tuple[Moment, ...] = ()
     neighbours: tuple[tuple[str, str], ...] = ()
     focus: tuple[str, ...] = ()
@@ -147,6 +173,7 @@ class Sites:
             attentions=tuple(site for site in self.attentions if self.in_decoder(site.name)),
             encoder_stages=(),
             readers=tuple(pair for pair in self.readers if self.in_decoder(pair[1])),
+            residual="the image encoder stays in floating point",
         )
 
     @property

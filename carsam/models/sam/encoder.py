@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from carsam.calibrate.capture import capture_call
 from carsam.models.family import Stage, Tensors
-from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION, AttentionSite, LayerSite, Projection
+from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION, AttentionSite, LayerSite, Projection, ResidualStream
 from carsam.reconstruct.units import Unit
 
 if TYPE_CHECKING:
@@ -53,6 +53,21 @@ def readers(model: nn.Module) -> tuple[tuple[str, str], ...]:
     """Both norms of a block, each with the Linear behind it."""
     pairs = (("layer_norm1", "attn.qkv"), ("layer_norm2", "mlp.lin1"))
     return tuple((f"{block}.{norm}", f"{block}.{layer}") for block in blocks(model) for norm, layer in pairs)
+
+
+def padded(model: nn.Module) -> tuple[str, ...]:
+    """Projections of blocks whose windows do not divide the grid: SAM pads the last ones with zeros after the norm."""
+    vision = model.config.vision_config
+    grid = vision.image_size // vision.patch_size
+    sides = {block: model.get_submodule(block).window_size for block in blocks(model)}
+    return tuple(f"{block}.attn.qkv" for block, side in sides.items() if side and grid % side)
+
+
+def residual(model: nn.Module) -> ResidualStream:
+    """The stream through the blocks: written by the embeddings and by each half of a block, read by norms and neck."""
+    written = [f"{block}.{layer}" for block in blocks(model) for layer in ("attn.proj", "mlp.lin2")]
+    tables = () if model.get_submodule(ENCODER).pos_embed is None else (f"{ENCODER}.pos_embed",)
+    return ResidualStream((f"{ENCODER}.patch_embed.projection", *written), tables, (f"{NECK}.conv1",))
 
 
 def chain(path: str) -> Stage:

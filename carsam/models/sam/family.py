@@ -18,7 +18,7 @@ from carsam.models.sam import decoder, encoder, forward, meta
 from carsam.models.sam.attention import QuantizedVisionAttention
 from carsam.models.sam.declared import check_declared, too_large
 from carsam.models.sam.names import SamNames
-from carsam.models.sites import AttentionSite, LayerSite, Sites
+from carsam.models.sites import AttentionSite, LayerSite, ResidualStream, Sites
 from carsam.reconstruct.units import Unit
 
 if TYPE_CHECKING:
@@ -56,6 +56,14 @@ class Sam(Family):
     def readers(self, model: nn.Module) -> tuple[tuple[str, str], ...]:
         """Norms of the image encoder with the layers that read them."""
         return encoder.readers(model)
+
+    def padded(self, model: nn.Module) -> tuple[str, ...]:
+        """Those layers that also read zeros, padded in after the norm of the image encoder."""
+        return encoder.padded(model)
+
+    def residual(self, model: nn.Module) -> ResidualStream | str:
+        """The stream through the image encoder's blocks, or why it may not be turned."""
+        return encoder.residual(model)
 
     def encoder_paths(self, model: nn.Module) -> tuple[str, ...]:
         """Module paths of the image encoder's stages, in execution order."""
@@ -97,6 +105,8 @@ class Sam(Family):
             decoder_stages=(*(block.name for block in blocks), decoder.FINAL),
             decoder=decoder.TRANSFORMER,
             readers=self.readers(model),
+            padded=self.padded(model),
+            residual=self.residual(model),
             moments=decoder.moments(blocks),
             neighbours=decoder.neighbours(blocks),
             focus=decoder.focus(blocks),

@@ -67,6 +67,12 @@ class TinyVit(Sam):
         blocks = [path for path, module in _layers(model).items() if isinstance(module, TinyVitBlock)]
         return tuple((f"{block}.{norm}", f"{block}.{layer}") for block in blocks for norm, layer in pairs)
 
+    def padded(self, model: nn.Module) -> tuple[str, ...]:
+        return ()  # maps are padded before the norm, so that padded tokens are the norm's bias like any token
+
+    def residual(self, model: nn.Module) -> str:
+        return "depthwise convolutions in every block read its channels one by one"
+
     def with_matmul(self, attention: nn.Module, matmul: MatMulQuantizers) -> nn.Module:
         # All of its attentions call the registered function, with their biases as the mask.
         return Family.with_matmul(self, attention, matmul)
