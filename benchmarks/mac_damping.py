@@ -41,7 +41,7 @@ class Sweep(CarSam):
 
     name: ClassVar[str] = "mac-sweep"
 
-    def compensate(self, attention: mac.Coupled, runs: list) -> mac.MacReport:
+    def compensate(self, attention: mac.Coupled, runs: list, floating: list | None = None) -> mac.MacReport:
         solve, held_out = runs[:SOLVED_ON], list(mac.attention_calls(attention, runs[SOLVED_ON:]))
         original = attention.matrices()
         before = mac.attention_errors(attention, held_out, original)

@@ -7,11 +7,23 @@ the projection with a column of ones, so that the bias is the last row of W. For
     normal equation   Σ_i G_i D B_i + λ D = R,     G_i = X_iᵀX_i,  B_i = K̂_iᵀK̂_i,  R = − Σ_i G_i W E_iᵀK̂_i       (1)
 
 with E_i = K̂_i − K_i. The key branch is the same with the roles of query and key exchanged.
+
+Errors from further upstream are met too where the targets come from the float model, as in GPTAQ (arXiv 2504.02692):
+with the inputs X̄_i there and C_i = X_iᵀX̄_i, M_i = K_iᵀK̂_i (K_i the keys of the float model) the right side is
+
+    R = Σ_i (C_i W M_i − G_i W B_i)                                                                              (2)
+
+which is (1)'s where X̄ = X, for then M − B = − EᵀK̂. Where the other branch was compensated before, Q = X W is no longer
+what it should be multiplied with: what is left is met by Q̂_i, the operand quantized, in the place of X_i W,
+
+    R = Σ_i (C_i W M_i − X_iᵀQ̂_i B_i)                                                                            (3)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,18 +40,29 @@ class ProductStatistics:
     Attributes:
         gram: G_i, list of (d_in, d_in).
         other: B_i, list of (heads, d_head, d_head).
-        cross: E_iᵀK̂_i, list of (heads, d_head, d_head).
+        cross: E_iᵀK̂_i, list of (heads, d_head, d_head); with float inputs K_iᵀK̂_i.
+        float_gram: C_i, list of (d_in, d_in); empty where targets are taken at the inputs themselves.
+        own: X_iᵀQ̂_i, list of (heads, d_in, d_head), with ``float_gram``; empty for the operand X_i W in floating point.
+        groups: For every sample the number of the calibration item that it came with.
     """
 
-    gram: list[Tensor]
-    other: list[Tensor]
-    cross: list[Tensor]
+    gram: list[Tensor] = field(default_factory=list)
+    other: list[Tensor] = field(default_factory=list)
+    cross: list[Tensor] = field(default_factory=list)
+    float_gram: list[Tensor] = field(default_factory=list)
+    own: list[Tensor] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
 
-    @classmethod
-    def empty(cls) -> ProductStatistics:
-        return cls([], [], [])
-
-    def update(self, inputs: Tensor, reference: Tensor, quantized: Tensor, *, center: bool = False) -> None:
+    def update(
+        self,
+        inputs: Tensor,
+        reference: Tensor,
+        quantized: Tensor,
+        *,
+        center: bool = False,
+        float_inputs: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> None:
         """Adds one batch of samples.
 
         Args:
@@ -48,21 +71,41 @@ class ProductStatistics:
             quantized: The same, quantized.
             center: Remove the mean over ``other_tokens``: softmax ignores what is constant over the keys. For the
                 query branch only (there the other operand is the keys).
+            float_inputs: (samples, tokens, d_in) of the float model, where the targets are its; ``reference`` then is
+                the other operand there. All batches or none.
+            own: (samples, heads, tokens, d_head) the operand that the projection gives, quantized, where what is left
+                of its error counts; ``float_inputs`` must be given then. All batches or none.
         """
-        error = quantized - reference
+        assert own is None or float_inputs is not None, "what is left needs the float inputs of its target"
+        error = quantized - reference if float_inputs is None else reference
         if center:
             quantized = quantized - quantized.mean(-2, keepdim=True)
             error = error - error.mean(-2, keepdim=True)
         # Products in the precision of the inputs: a few thousand terms a sample; the sums over samples are in float64.
-        self.gram.extend((inputs.transpose(-2, -1) @ inputs).double())
+        transposed = inputs.transpose(-2, -1)
+        self.groups.extend([self.groups[-1] + 1 if self.groups else 0] * len(inputs))
+        self.gram.extend((transposed @ inputs).double())
         self.other.extend((quantized.transpose(-2, -1) @ quantized).double())
         self.cross.extend((error.transpose(-2, -1) @ quantized).double())
+        if float_inputs is not None:
+            self.float_gram.extend((transposed @ float_inputs).double())
+        if own is not None:
+            self.own.extend((transposed[:, None] @ own).double())
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """(n, d_in, d_in), (n, heads, d_head, d_head) twice."""
         if not self.gram:
             raise RuntimeError("no sample was gathered for the compensation")
         return torch.stack(self.gram), torch.stack(self.other), torch.stack(self.cross)
+
+    def of_groups(self, chosen: Callable[[int], bool]) -> ProductStatistics:
+        """The statistics of some calibration items alone."""
+        kept = [i for i, group in enumerate(self.groups) if chosen(group)]
+
+        def take(values: list[Any]) -> list[Any]:
+            return [values[i] for i in kept] if values else []
+
+        return ProductStatistics(*(take(getattr(self, f.name)) for f in fields(self)))
 
 
 def damping(gram: Tensor, other: Tensor, relative: float) -> Tensor:
@@ -138,30 +181,94 @@ def compensate_product(
         return torch.zeros_like(weight)  # the operand is constant: nothing to compensate, nothing to divide by
     pooled = ProductSolver(grams.sum(0), others.mean(0), lam)
     if solver == "pooled":
-        return pooled(-grams.sum(0) @ weight @ crosses.mean(0))
+        if not statistics.float_gram:
+            return pooled(-grams.sum(0) @ weight @ crosses.mean(0))
+        targets = torch.stack(statistics.float_gram).sum(0) @ weight @ crosses.mean(0)
+        own = torch.stack(statistics.own).sum(0) if statistics.own else grams.sum(0) @ weight
+        return pooled(targets - own @ others.mean(0))
 
-    heads, d_in, d_head = weight.shape
-    n = len(grams)
-    # Two matrix products for the whole sum: D times all B_i side by side, then all G_i side by side times that.
-    # They are the whole cost, and single precision is enough for residuals down to about 1e-5.
-    work = torch.float32 if tolerance >= 1e-4 else torch.float64
-    side_by_side = others.permute(1, 2, 0, 3).reshape(heads, d_head, n * d_head).to(work)
-    stacked = grams.permute(1, 0, 2).reshape(d_in, n * d_in).to(work)
-
-    def operator(d: Tensor, right_factors: Tensor) -> Tensor:
-        products = (
-            (d.to(work) @ right_factors)
-            .view(heads, d_in, n, d_head)
-            .permute(2, 1, 0, 3)
-            .reshape(n * d_in, heads * d_head)
-        )
-        return (stacked @ products).view(d_in, heads, d_head).transpose(0, 1).double()
+    # Single precision is enough for residuals down to about 1e-5.
+    sums = _Sums(statistics, torch.float32 if tolerance >= 1e-4 else torch.float64)
 
     def apply(d: Tensor) -> Tensor:
-        return operator(d, side_by_side) + lam[:, None, None] * d
+        return sums.left(d) + lam[:, None, None] * d
 
-    right = -operator(weight, crosses.permute(1, 2, 0, 3).reshape(heads, d_head, n * d_head).to(work))
-    return conjugate_gradients(apply, right, pooled, iterations, tolerance)
+    return conjugate_gradients(apply, sums.right(weight), pooled, iterations, tolerance)
+
+
+class _Sums:
+    """Both sides of (1), (2) and (3) over all samples.
+
+    Two matrix products for a whole sum: D times all B_i side by side, then all G_i side by side times that. They are
+    the whole cost of a solution.
+    """
+
+    def __init__(self, statistics: ProductStatistics, work: torch.dtype):
+        grams, others, crosses = statistics.stacked()
+        self._work = work
+        self._grams, self._others, self._crosses = self._stacked(grams), self._beside(others), self._beside(crosses)
+        self._floats = self._stacked(torch.stack(statistics.float_gram)) if statistics.float_gram else None
+        self._own = (torch.stack(statistics.own) @ others).sum(0) if statistics.own else None
+
+    def _beside(self, matrices: Tensor) -> Tensor:
+        """(n, heads, d_head, d_head) to (heads, d_head, n · d_head)."""
+        return matrices.permute(1, 2, 0, 3).flatten(2).to(self._work)
+
+    def _stacked(self, matrices: Tensor) -> Tensor:
+        """(n, d_in, d_in) to (d_in, n · d_in)."""
+        return matrices.permute(1, 0, 2).flatten(1).to(self._work)
+
+    def _sum(self, grams: Tensor, d: Tensor, factors: Tensor) -> Tensor:
+        heads, d_in, d_head = d.shape
+        n = grams.shape[1] // d_in
+        products = (d.to(self._work) @ factors).view(heads, d_in, n, d_head).permute(2, 1, 0, 3)
+        summed = grams @ products.reshape(n * d_in, heads * d_head)
+        return summed.view(d_in, heads, d_head).transpose(0, 1).double()
+
+    def left(self, d: Tensor) -> Tensor:
+        """Σ G_i D B_i, (heads, d_in, d_head)."""
+        return self._sum(self._grams, d, self._others)
+
+    def right(self, weight: Tensor) -> Tensor:
+        """R, (heads, d_in, d_head)."""
+        if self._floats is None:
+            return -self._sum(self._grams, weight, self._crosses)
+        own = self.left(weight) if self._own is None else self._own
+        return self._sum(self._floats, weight, self._crosses) - own
+
+
+# λ relative to the mean diagonals, from almost none to next to no compensation.
+DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
+# Every fourth calibration item judges.
+HELD_OUT = 4
+
+
+def choose_damping(weight: Tensor, statistics: ProductStatistics, *, solver: str = "exact") -> float | None:
+    """λ by held-out calibration items: solved on three quarters of them, judged by the squared error on the rest.
+
+    What is compared is the objective itself, ‖X W Kᵀ − X (W + D) K̂ᵀ‖² without its constant: Σ ⟨D, G D B⟩ − 2 ⟨D, R⟩.
+
+    Args:
+        weight: (heads, d_in, d_head), as :func:`compensate_product` takes it.
+        statistics: Of all items.
+        solver: As for the final solution.
+
+    Returns:
+        The relative damping; None where every one of them makes held-out items worse, or there are too few items.
+    """
+    judges = statistics.of_groups(lambda group: group % HELD_OUT == HELD_OUT - 1)
+    if not judges.gram:
+        return None
+    rest = statistics.of_groups(lambda group: group % HELD_OUT != HELD_OUT - 1)
+    sums, weight = _Sums(judges, torch.float32), weight.double()
+    right = sums.right(weight)
+    best, least = None, 0.0
+    for relative in DAMPINGS:
+        change = compensate_product(weight, rest, solver=solver, relative_damping=relative)
+        error = float((change * (sums.left(change) - 2 * right)).sum())
+        if error < least:
+            best, least = relative, error
+    return best
 
 
 def conjugate_gradients(apply, right: Tensor, precondition, iterations: int, tolerance: float) -> Tensor:
@@ -204,7 +311,9 @@ class ValueStatistics:
     gram: Tensor | None = None
     right: Tensor | None = None
 
-    def update(self, inputs: Tensor, reference: Tensor, quantized: Tensor, value: Tensor) -> None:
+    def update(
+        self, inputs: Tensor, reference: Tensor, quantized: Tensor, value: Tensor, *, target: Tensor | None = None
+    ) -> None:
         """Adds one batch of samples.
 
         Args:
@@ -212,7 +321,13 @@ class ValueStatistics:
             reference: (samples, heads, queries, keys) attention P in floating point.
             quantized: P̂, the attention of quantized scores, itself quantized.
             value: (samples, heads, keys, d_head) values.
+            target: (samples, heads, queries, d_head) PV of the float model; None for ``reference`` times ``value``.
         """
+        if target is not None:
+            mixed = quantized @ inputs[:, None]
+            gram = mixed.transpose(-2, -1) @ mixed
+            self._add(gram, mixed.transpose(-2, -1) @ (target - quantized @ value))
+            return
         missing = reference - quantized
         if quantized.shape[-1] < quantized.shape[-2]:
             # Few keys for many queries (image→token): through (keys × keys) products of the attentions.
@@ -223,6 +338,9 @@ class ValueStatistics:
             mixed = quantized @ inputs[:, None]  # P̂X: (samples, heads, queries, d_in)
             gram = mixed.transpose(-2, -1) @ mixed
             right = mixed.transpose(-2, -1) @ (missing @ value)
+        self._add(gram, right)
+
+    def _add(self, gram: Tensor, right: Tensor) -> None:
         gram, right = gram.double().sum(0), right.double().sum(0)
         self.gram = gram if self.gram is None else self.gram + gram
         self.right = right if self.right is None else self.right + right

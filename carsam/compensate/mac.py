@@ -15,12 +15,15 @@ from carsam.compensate.closed_form import (
     SOLVERS,
     ProductStatistics,
     ValueStatistics,
+    choose_damping,
     compensate_product,
     compensate_value,
 )
 from carsam.errors import ConfigError
 from carsam.models.sites import AttentionSite
 from carsam.quantizers import QuantizedLayer, simulate
+
+OPERANDS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -32,26 +35,35 @@ class MacSettings:
             which learning their step answers as well, and both together overshoot (docs/RESULTS.md). Without
             reconstruction it helps.
         solver: ``exact`` (conjugate gradients) or ``pooled`` (the paper's Sylvester equation).
-        damping: λ of the query and key branches, relative to the mean diagonals of the second moments. Small values
-            overfit: prompt tokens span few directions, and along the others nothing holds D back. On held-out images
-            1 is best or close to it at every attention, and 0.01 is often worse than no compensation
-            (docs/RESULTS.md).
+        damping: λ of the query and key branches, relative to the mean diagonals of the second moments; None chooses it
+            for each attention and branch by held-out calibration items. Small values overfit: prompt tokens span few
+            directions, and along the others nothing holds D back. On held-out images 1 is best or close to it at every
+            attention of the embedded model, and 0.01 is often worse than no compensation (docs/RESULTS.md).
         value_damping: λ of the value branch, likewise.
         center_keys: Count score errors after each row's mean is removed, which softmax ignores anyway.
+        order: ``joint`` solves for query and key from the same statistics and applies both; ``sequential`` solves for
+            the query, fits and observes again, then solves for the key with what is left.
+        targets: ``quantized`` asks for the scores that float projections give at the inputs as they come, errors from
+            upstream included; ``float`` asks for those of the float model (GPTAQ's asymmetric form).
     """
 
     query: bool = True
     key: bool = True
     value: bool = False
     solver: str = "exact"
-    damping: float = 1.0
+    damping: float | None = 1.0
     value_damping: float = 1.0
     center_keys: bool = True
+    order: str = "joint"
+    targets: str = "quantized"
 
     def __post_init__(self):
-        if self.solver not in SOLVERS:
-            raise ConfigError(f"unknown MAC solver {self.solver!r}; choose from {', '.join(SOLVERS)}.")
-        if self.damping <= 0 or self.value_damping <= 0:
+        choices = (("solver", SOLVERS), ("order", ("joint", "sequential")), ("targets", ("quantized", "float")))
+        for setting, allowed in choices:
+            value = getattr(self, setting)
+            if value not in allowed:
+                raise ConfigError(f"unknown MAC {setting} {value!r}; choose from {', '.join(allowed)}.")
+        if (self.damping is not None and self.damping <= 0) or self.value_damping <= 0:
             raise ConfigError("the damping of MAC must be positive: its equations are singular without it.")
 
     @property
@@ -72,12 +84,15 @@ class MacReport:
         scores: Squared error of QKᵀ (row means removed) relative to its variance, before and after.
         output: Squared error of PV relative to its energy, before and after.
         change: ‖D‖ / ‖W‖ of the branches that ran.
+        damping: λ of the query and key branches where held-out items chose it; 0 for a branch that every λ made worse,
+            which then is left as it was.
     """
 
     attention: str
     scores: tuple[float, float] = (0.0, 0.0)
     output: tuple[float, float] = (0.0, 0.0)
     change: dict[str, float] = field(default_factory=dict)
+    damping: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,7 @@ class Coupled:
         """A coupled attention site of a model."""
         assert site.coupled, f"{site.name} reads one tensor"
         module = model.get_submodule(site.name)
-        layers = {which: model.get_submodule(getattr(site, which).layer) for which in ("query", "key", "value")}
+        layers = {which: model.get_submodule(getattr(site, which).layer) for which in OPERANDS}
         return cls(site.name, module, layers, module.num_attention_heads, module.scaling)
 
     def matrices(self) -> list[Tensor]:
@@ -169,12 +184,20 @@ def _operands(attention: Coupled, call: dict[str, Tensor], reference: list[Tenso
     return _Operands(q, k, v, scores, matmul.probs(scores))
 
 
-def attention_calls(attention: Coupled, runs: Iterable[Callable[[], object]]) -> Iterator[dict[str, Tensor]]:
-    """Inputs of the attention for every calibration item, from the quantized-so-far model."""
+def attention_calls(
+    attention: Coupled, runs: Iterable[Callable[[], object]], *, quantized: bool = True
+) -> Iterator[dict[str, Tensor]]:
+    """Inputs of the attention for every calibration item.
+
+    Args:
+        attention: The attention.
+        runs: Run the network up to it, item by item.
+        quantized: From the quantized-so-far model; otherwise nothing is quantized on the way.
+    """
     for run in runs:
-        with simulate(weights=True, activations=True, drop=0.0):
+        with torch.no_grad(), simulate(weights=quantized, activations=quantized, drop=0.0):
             _, call = capture_call(attention.module, run)
-        yield {name: call[name] for name in ("query", "key", "value")}
+        yield {name: call[name] for name in OPERANDS}
 
 
 class _Errors:
@@ -208,20 +231,28 @@ def attention_errors(
         reference: Float projections of query, key and value, (heads, d_in + 1, d_head) each.
     """
     errors = _Errors()
-    for exact, quantized in _pairs(attention, calls, reference):
-        errors.update(exact, quantized)
-    return errors.relative()
-
-
-def _pairs(
-    attention: Coupled, calls: Iterable[dict[str, Tensor]], reference: list[Tensor]
-) -> Iterator[tuple[_Operands, _Operands]]:
-    """Operands of every item, in floating point by the reference and with everything quantized."""
     for call in calls:
         exact = _operands(attention, call, reference)
         with simulate(weights=True, activations=True, drop=0.0):
-            quantized = _operands(attention, call)
-        yield exact, quantized
+            errors.update(exact, _operands(attention, call))
+    return errors.relative()
+
+
+@dataclass
+class _Item:
+    """One calibration item at an attention.
+
+    Attributes:
+        inputs: What the attention is called with in the quantized-so-far model.
+        floating: What the targets are computed from: the same, or the inputs in the float model.
+        exact: MatMul operands by float projections, from ``floating``.
+        quantized: From ``inputs``, everything quantized.
+    """
+
+    inputs: dict[str, Tensor]
+    floating: dict[str, Tensor]
+    exact: _Operands
+    quantized: _Operands
 
 
 @torch.no_grad()
@@ -232,67 +263,137 @@ def compensate_attention(
     *,
     weight_observer: str = "mse",
     activation_observer: str = "mse",
+    floating: list[dict[str, Tensor]] | None = None,
 ) -> MacReport:
     """Compensates the query, key and value projections of one attention (METHOD.md, 7).
 
-    D_Q answers the error of K̂ and D_K the error of Q̂; both come from the same statistics, each to first order, and
-    are applied together. Then weight grids are fitted and ranges observed again, and D_V answers what is left in P̂.
+    D_Q answers the error of K̂ and D_K the error of Q̂. Then weight grids are fitted and ranges observed again, and D_V
+    answers what is left in P̂.
 
     Args:
         attention: An attention with quantized projections and MatMuls, ranges set.
         runs: One callable per calibration item that runs the network up to the attention.
         settings: Which branches, and how.
         weight_observer, activation_observer: For the grids that are fitted again after a projection changed.
+        floating: Inputs of the attention in the float model, item by item, for ``targets="float"``.
 
     Returns:
         Errors before and after.
     """
-    layers, original = attention.layers, attention.matrices()
-    calls = list(attention_calls(attention, runs))
-    report = MacReport(attention.name)
+    task = _Compensation(
+        attention, list(attention_calls(attention, runs)), floating, settings, weight_observer, activation_observer
+    )
+    return task.run()
 
-    def refit() -> None:
-        """Fits weight grids and observes the attention's ranges again, on its own inputs alone."""
-        for layer in layers.values():
-            layer.fit_weight(weight_observer)
-        recorder = RangeRecorder([attention.module])
-        with recorder.recording(), simulate(weights=True, activations=False):
-            for call in calls:
-                attention.module(**call)
-        recorder.apply(activation_observer)
 
-    for_query, for_key = ProductStatistics.empty(), ProductStatistics.empty()
-    errors = _Errors()
-    for call, (exact, quantized) in zip(calls, _pairs(attention, calls, original)):
-        errors.update(exact, quantized)
-        if settings.query:
-            for_query.update(with_ones(call["query"]), exact.key, quantized.key, center=settings.center_keys)
-        if settings.key:
-            inputs = with_ones(call["key"])
-            if settings.center_keys:
-                inputs = inputs - inputs.mean(-2, keepdim=True)
-            for_key.update(inputs, exact.query, quantized.query)
-    before = errors.relative()
+class _Compensation:
+    """MAC at one attention, see :func:`compensate_attention`."""
 
-    if settings.query or settings.key:
-        options = {"solver": settings.solver, "relative_damping": settings.damping}
-        changes = {}
-        if settings.query:
-            changes["query"] = compensate_product(original[0], for_query, **options)
-        if settings.key:
-            changes["key"] = compensate_product(original[1], for_key, **options)
-        for which, change in changes.items():
-            report.change[which] = add_to_projection(layers[which], change)
-        refit()
+    def __init__(
+        self,
+        attention: Coupled,
+        calls: list[dict[str, Tensor]],
+        floating: list[dict[str, Tensor]] | None,
+        settings: MacSettings,
+        weight_observer: str,
+        activation_observer: str,
+    ):
+        assert settings.targets == "quantized" or floating is not None, "float targets need float inputs"
+        self.attention, self.calls, self.settings = attention, calls, settings
+        self.float_targets = settings.targets == "float"
+        self.floating = floating if self.float_targets else calls
+        self.observers = weight_observer, activation_observer
+        self.original = attention.matrices()
+        self.report = MacReport(attention.name)
 
-    if settings.value:
+    def run(self) -> MacReport:
+        settings, report = self.settings, self.report
+        before = self._errors()
+        branches = [which for which in ("query", "key") if getattr(settings, which)]
+        steps = [branches] if settings.order == "joint" else [[which] for which in branches]
+        for step in filter(None, steps):
+            changes = self._product_changes(step, after_other=bool(report.change))
+            for which, change in changes.items():
+                report.change[which] = add_to_projection(self.attention.layers[which], change)
+            self._refit()
+        if settings.value:
+            change = self._value_change()
+            report.change["value"] = add_to_projection(self.attention.layers["value"], change)
+            self._refit()
+        after = self._errors()
+        report.scores, report.output = (before[0], after[0]), (before[1], after[1])
+        return report
+
+    def _items(self) -> Iterator[_Item]:
+        for inputs, floating in zip(self.calls, self.floating, strict=True):
+            exact = _operands(self.attention, floating, self.original)
+            with simulate(weights=True, activations=True, drop=0.0):
+                quantized = _operands(self.attention, inputs)
+            yield _Item(inputs, floating, exact, quantized)
+
+    def _errors(self) -> tuple[float, float]:
+        errors = _Errors()
+        for item in self._items():
+            errors.update(item.exact, item.quantized)
+        return errors.relative()
+
+    def _product_changes(self, branches: list[str], *, after_other: bool) -> dict[str, Tensor]:
+        """D of the query and key branches named, all from the model as it is now.
+
+        Args:
+            branches: ``query``, ``key`` or both.
+            after_other: The other branch was compensated already, for the error that this one's operand has quantized.
+        """
+        statistics = {which: ProductStatistics() for which in branches}
+        for item in self._items():
+            for which in branches:
+                other = "key" if which == "query" else "query"
+                inputs, floating = (self._projected(each[which], which) for each in (item.inputs, item.floating))
+                statistics[which].update(
+                    inputs,
+                    getattr(item.exact, other),
+                    getattr(item.quantized, other),
+                    center=self.settings.center_keys and which == "query",
+                    float_inputs=floating if self.float_targets or after_other else None,
+                    own=getattr(item.quantized, which) if after_other else None,
+                )
+        return {which: self._product_change(which, each) for which, each in statistics.items()}
+
+    def _projected(self, inputs: Tensor, which: str) -> Tensor:
+        """Inputs of a projection with the column of ones; of the key's, what softmax ignores is taken out."""
+        inputs = with_ones(inputs)
+        if which == "key" and self.settings.center_keys:
+            inputs = inputs - inputs.mean(-2, keepdim=True)
+        return inputs
+
+    def _product_change(self, which: str, statistics: ProductStatistics) -> Tensor:
+        weight, solver = self.original[OPERANDS.index(which)], self.settings.solver
+        relative = self.settings.damping
+        if relative is None:
+            relative = choose_damping(weight, statistics, solver=solver)
+            self.report.damping[which] = relative or 0.0
+            if relative is None:
+                return torch.zeros_like(weight)
+        return compensate_product(weight, statistics, solver=solver, relative_damping=relative)
+
+    def _value_change(self) -> Tensor:
         statistics = ValueStatistics()
-        for call, (exact, quantized) in zip(calls, _pairs(attention, calls, original)):
-            statistics.update(with_ones(call["value"]), exact.probs, quantized.probs, exact.value)
-        change = compensate_value(statistics, relative_damping=settings.value_damping)
-        report.change["value"] = add_to_projection(layers["value"], change)
-        refit()
+        for item in self._items():
+            inputs, exact = with_ones(item.inputs["value"]), item.exact
+            if self.float_targets:
+                value = inputs[:, None] @ self.original[OPERANDS.index("value")]
+                statistics.update(inputs, exact.probs, item.quantized.probs, value, target=exact.probs @ exact.value)
+            else:
+                statistics.update(inputs, exact.probs, item.quantized.probs, exact.value)
+        return compensate_value(statistics, relative_damping=self.settings.value_damping)
 
-    after = attention_errors(attention, calls, original)
-    report.scores, report.output = (before[0], after[0]), (before[1], after[1])
-    return report
+    def _refit(self) -> None:
+        """Fits weight grids and observes the attention's ranges again, on its own inputs alone."""
+        weight_observer, activation_observer = self.observers
+        for layer in self.attention.layers.values():
+            layer.fit_weight(weight_observer)
+        recorder = RangeRecorder([self.attention.module])
+        with recorder.recording(), simulate(weights=True, activations=False):
+            for call in self.calls:
+                self.attention.module(**call)
+        recorder.apply(activation_observer)

@@ -26,8 +26,9 @@ from carsam.errors import ConfigError
 from carsam.models.sites import Sites
 from carsam.plugins import named_subclasses
 from carsam.prompts.calibration import CalibrationSet
-from carsam.quantizers import ActivationQuantizer, SiteQuantizer, SoftmaxQuantizer, softmax_grids
+from carsam.quantizers import ActivationQuantizer, SiteQuantizer, SoftmaxQuantizer, UniformSoftmax, softmax_grids
 from carsam.quantizers.ranges import OBSERVERS
+from carsam.quantizers.softmax_uniform import RANGES as SOFTMAX_RANGES
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.units import Unit
 from carsam.settings import build
@@ -42,6 +43,8 @@ class Method:
         activation_observer: ``mse``, ``min-max``, ``moving-average`` or ``percentile``.
         softmax: Grid of softmax outputs, one of :func:`carsam.quantizers.softmax_grids` (``uniform``, ``row-max``,
             ``log2`` and what plugins bring).
+        softmax_range: How the step of a uniform grid of softmax outputs is found: ``product``, by the error of P̂V, or
+            ``observer``, by the activation observer on P alone, as public code has it (docs/RESULTS.md compares).
     """
 
     name: ClassVar[str] = ""
@@ -52,12 +55,14 @@ class Method:
     weight_observer: str = "mse"
     activation_observer: str = "mse"
     softmax: str = "uniform"
+    softmax_range: str = "product"
 
     def __post_init__(self):
         choices = (
             ("weight_observer", ("mse", "min-max")),
             ("activation_observer", tuple(OBSERVERS)),
             ("softmax", tuple(softmax_grids())),
+            ("softmax_range", SOFTMAX_RANGES),
         )
         for setting, allowed in choices:
             value = getattr(self, setting)
@@ -82,6 +87,8 @@ class Method:
 
     def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
         """Softmax with quantized output for an attention."""
+        if self.softmax == UniformSoftmax.grid:
+            return UniformSoftmax(bits, range_by=self.softmax_range)
         return softmax_grids()[self.softmax](bits)
 
     def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from carsam.compensate.mac import Coupled, MacReport, MacSettings, compensate_attention
+from carsam.compensate.mac import Coupled, MacReport, MacSettings, attention_calls, compensate_attention
 from carsam.methods.qdrop import QDrop
 from carsam.models.sites import Sites
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
@@ -57,17 +57,29 @@ class CarSam(QDrop):
             lambda index=index: run_unit(model, unit, data.quantized.get(index, device))
             for index in range(len(data.quantized))
         ]
-        attentions = [site for site in sites.attentions if site.coupled and unit.holds(site.name)]
-        return [self.compensate(Coupled.of(model, site), runs) for site in attentions]
+        coupled = [site for site in sites.attentions if site.coupled and unit.holds(site.name)]
+        attentions = [Coupled.of(model, site) for site in coupled]
+        floating: dict[str, list[dict[str, Tensor]]] = {}
+        if self.mac.targets == "float":
+            # All before the first projection changes: the unit still is the float model's.
+            float_runs = [
+                lambda index=index: run_unit(model, unit, data.floating.get(index, device))
+                for index in range(len(data.floating))
+            ]
+            floating = {each.name: list(attention_calls(each, float_runs, quantized=False)) for each in attentions}
+        return [self.compensate(each, runs, floating.get(each.name)) for each in attentions]
 
-    def compensate(self, attention: Coupled, runs: list[Callable[[], object]]) -> MacReport:
-        """MAC at one attention, which each of ``runs`` reaches with a calibration item."""
+    def compensate(
+        self, attention: Coupled, runs: list[Callable[[], object]], floating: list[dict[str, Tensor]] | None = None
+    ) -> MacReport:
+        """MAC at one attention, which each of ``runs`` reaches; ``floating``: its inputs in the float model."""
         return compensate_attention(
             attention,
             runs,
             self.mac,
             weight_observer=self.weight_observer,
             activation_observer=self.activation_observer,
+            floating=floating,
         )
 
     def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:

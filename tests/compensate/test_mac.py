@@ -11,6 +11,7 @@ from carsam.compensate.mac import (
     Coupled,
     MacSettings,
     add_to_projection,
+    attention_calls,
     compensate_attention,
     projection_matrix,
     split_heads,
@@ -98,3 +99,25 @@ def test_settings_out_of_range_are_refused():
     for wrong in ({"solver": "lu"}, {"damping": 0.0}, {"value_damping": -1.0}):
         with pytest.raises(ConfigError):
             MacSettings(**wrong)
+
+
+@torch.no_grad()
+def test_sequential_order_float_targets_and_chosen_damping_lower_the_error_of_the_scores(problem):
+    model, site, block, inputs = problem
+    fresh = copy.deepcopy(model)
+    floating = list(
+        attention_calls(Coupled.of(fresh, site), [lambda i=i: block.run(fresh, i) for i in inputs], quantized=False)
+    )
+    for settings in ({"order": "sequential"}, {"targets": "float"}, {"damping": None, "order": "sequential"}):
+        model = copy.deepcopy(fresh)
+        runs = [lambda item=item, model=model: block.run(model, item) for item in inputs]
+        report = compensate_attention(Coupled.of(model, site), runs, MacSettings(**settings), floating=floating)
+        assert report.scores[1] < report.scores[0], settings
+        if settings.get("damping", 1.0) is None:
+            assert set(report.damping) == {"query", "key"}
+
+
+@pytest.mark.parametrize("setting", ["order", "targets", "solver"])
+def test_unknown_choices_are_refused(setting):
+    with pytest.raises(ConfigError, match=setting):
+        MacSettings(**{setting: "backwards"})

@@ -26,7 +26,7 @@ def test_exact_compensation_is_the_least_squares_solution(relative):
     inputs, weight = normal(SAMPLES, TOKENS, D_IN, seed=0), normal(HEADS, D_IN, D_HEAD, seed=1)
     keys = normal(SAMPLES, HEADS, KEYS, D_HEAD, seed=2)
     coarse = keys.round()
-    statistics = ProductStatistics.empty()
+    statistics = ProductStatistics()
     statistics.update(inputs, keys, coarse)
     ours = compensate_product(
         weight, statistics, relative_damping=relative, solver="exact", tolerance=1e-10, iterations=500
