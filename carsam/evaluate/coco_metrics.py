@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,7 @@ def evaluate_coco(
     progress: Progress | None = None,
     journals: Journals | None = None,
     embeddings: Embeddings | None = None,
+    predicted: Callable[[GroundTruth, Sequence[Prediction]], None] | None = None,
 ) -> CocoResult:
     """Prompts a model with boxes and scores its single-mask output as pycocotools does.
 
@@ -63,6 +64,7 @@ def evaluate_coco(
         progress: Called with (images done, images) after each image.
         journals: Where finished images are kept and taken from; None keeps nothing.
         embeddings: Where image embeddings are kept and taken from; None computes them. The scores are the same.
+        predicted: Given the ground truth and all masks at the end, for scores of the caller's own.
 
     Raises:
         ConfigError: ``prompts_per_batch`` is below 1.
@@ -100,6 +102,8 @@ def evaluate_coco(
             scores.append(ImageScore(image.file_name, float(np.mean(ious)) if ious else None, tuple(ious)))
             if progress is not None:
                 progress(index + 1, len(truth.images))
+    if predicted is not None:
+        predicted(truth, predictions)
     return _result(truth, scores, average_precision((o for objects in truth.objects for o in objects), predictions))
 
 

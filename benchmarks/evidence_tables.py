@@ -1,0 +1,425 @@
+"""Tables of evidence: rows of docs/results, means over seeds, differences with paired 95 % intervals over images."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evidence_rows import FLOAT, Row
+
+from carsam.errors import DataError
+from carsam.evaluate.intervals import Difference, averaged, difference_interval
+from carsam.reading import read_json
+from carsam.run.comparison_table import mean_and_spread
+
+FIX = "delete it, and run the row again"
+BITS = {FLOAT: 0, "w8a8": 1, "w6a6": 2, "w4a4": 3}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row with what was found.
+
+    Attributes:
+        row: Its settings.
+        found: The whole file.
+        path: Where it was read.
+    """
+
+    row: Row
+    found: dict[str, Any]
+    path: Path
+
+
+@dataclass(frozen=True)
+class Group:
+    """One line of a table: a label at one bit-width, over seeds."""
+
+    label: str
+    bits: str
+    results: tuple[Result, ...]
+
+    def values(self, name: str) -> list[float]:
+        """A score of each seed."""
+        return [result.found["scores"][name] for result in self.results]
+
+    def per_image(self, score: str = "iou") -> list[dict[str, Any]]:
+        """IoU (or DSC) of each prompt, the mean over seeds, image by image, in percent."""
+        images = averaged([_scored(result.found["scores"]["per_image"], score) for result in self.results])
+        return images
+
+    @property
+    def notes(self) -> str:
+        """What sets its grids apart."""
+        return self.results[0].found.get("notes", "")
+
+
+def _scored(images: Iterable[dict[str, Any]], score: str) -> list[dict[str, Any]]:
+    if score == "iou":
+        return list(images)
+    return [{**image, "ious": [200 * iou / (100 + iou) for iou in image["ious"]]} for image in images]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a table shows.
+
+    Attributes:
+        sections: By (subject, scope, data): the float model, if it is there, and the other lines in order.
+    """
+
+    sections: dict[tuple[str, str, str], tuple[Group | None, tuple[Group, ...]]]
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All rows of a folder.
+
+    Raises:
+        DataError: There are none, or one is damaged.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        content = read_json(path, FIX)
+        try:
+            found.append(Result(Row.from_dict(content["row"]), content, path))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path} is no row of evidence ({error}); {FIX}.") from error
+    if not found:
+        raise DataError(f"there are no rows in {folder}; make them with python benchmarks/evidence.py run.")
+    return found
+
+
+def choose(found: Sequence[Result], where: dict[str, Any], labels: Sequence[str] = ()) -> Chosen:
+    """The rows to show.
+
+    Args:
+        found: All rows.
+        where: Fields of :class:`Row` and the values that they must have; None takes all.
+        labels: Labels to show, in this order; empty shows all by name.
+
+    Raises:
+        DataError: Nothing is left, or two rows of one label and seed have other settings.
+    """
+    where = {name: value for name, value in where.items() if value is not None}
+
+    def fits(row: Row) -> bool:
+        ignored = ("scope", "bits", "steps", "boxes", "images") if row.is_float else ()
+        return all(getattr(row, name) == value for name, value in where.items() if name not in ignored)
+
+    kept = [result for result in found if fits(result.row)]
+    rows = [each for each in kept if not each.row.is_float and (not labels or each.row.label in labels)]
+    floating = {(each.row.subject, each.row.data, each.row.limit): each for each in kept if each.row.is_float}
+    if not rows:
+        raise DataError("no row fits; leave out some of --subject, --scope, --data, --bits, --rows, --plan.")
+    order = {label: index for index, label in enumerate(labels)}
+    sections: dict[tuple[str, str, str], dict[tuple[str, str], dict[int, Result]]] = {}
+    for result in rows:
+        row = result.row
+        seeds = sections.setdefault((row.subject, row.scope, row.data), {}).setdefault((row.bits, row.label), {})
+        if row.seed in seeds:
+            raise DataError(
+                f"{seeds[row.seed].path.name} and {result.path.name} are of one label and seed, with other settings: "
+                f"{', '.join(_different(seeds[row.seed].row, row))}. Give them labels of their own, or choose with "
+                "--steps, --boxes or --images."
+            )
+        seeds[row.seed] = result
+    shown = {}
+    for place, groups in sections.items():
+        lines = [
+            Group(label, bits, tuple(result for _, result in sorted(seeds.items())))
+            for (bits, label), seeds in groups.items()
+        ]
+        lines.sort(key=lambda group: (BITS.get(group.bits, 9), order.get(group.label, 0), group.label))
+        limits = {group.results[0].row.limit for group in lines}
+        original = floating.get((place[0], place[2], limits.pop())) if len(limits) == 1 else None
+        shown[place] = (Group(FLOAT, FLOAT, (original,)) if original else None, tuple(lines))
+    return Chosen(shown)
+
+
+def _different(a: Row, b: Row) -> list[str]:
+    one, other = a.to_dict(), b.to_dict()
+    return [name for name in one if one[name] != other[name]]
+
+
+def scores_table(chosen: Chosen, reference: str) -> str:
+    """Scores with ground-truth boxes."""
+
+    def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
+        head = ["bits", "row", "seeds", "segm AP", "mean IoU", "DSC", "IoU to float", f"IoU to {reference}", "notes"]
+        rows = [head]
+        for group in [*([floating] if floating else []), *lines]:
+            compared = _reference(lines, group, reference)
+            rows.append(
+                [
+                    "float" if group.bits == FLOAT else group.bits.upper(),
+                    "" if group.bits == FLOAT else group.label,
+                    "" if group.bits == FLOAT else str(len(group.results)),
+                    *(mean_and_spread(group.values(name)) for name in ("segm_ap", "mean_iou", "dsc")),
+                    *(_difference(group, other) for other in (floating, compared)),
+                    group.notes,
+                ]
+            )
+        return _without_empty(rows)
+
+    return _sections(
+        chosen, table, "Differences of mean IoU with their 95 % intervals over images; bold where 0 is outside."
+    )
+
+
+def modality_table(chosen: Chosen, reference: str, score: str = "mean_iou") -> str:
+    """Mean IoU by modality."""
+
+    def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
+        groups = [*([floating] if floating else []), *lines]
+        names = sorted({name for group in groups for name in group.results[0].found["scores"].get("sources", {})})
+        rows = [["bits", "row", *names, "all"]]
+        for group in groups:
+            cells = []
+            for name in names:
+                values = [result.found["scores"]["sources"][name][score] for result in group.results]
+                cells.append("-" if None in values else f"{statistics.fmean(values):.1f}")
+            label = "" if group.bits == FLOAT else group.label
+            total = f"{statistics.fmean(group.values(score)):.1f}"
+            rows.append(["float" if group.bits == FLOAT else group.bits.upper(), label, *cells, total])
+        return rows
+
+    return _sections(chosen, table, f"{_SCORES[score]} by modality, mean over seeds.")
+
+
+_SCORES = {"mean_iou": "Mean IoU", "dsc": "DSC", "segm_ap": "Segm AP"}
+
+
+def clicks_table(chosen: Chosen, reference: str) -> str:
+    """Mean IoU with clicks, beside boxes."""
+
+    def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
+        lines = tuple(group for group in lines if _has_points(group))
+        groups = [*([floating] if floating and lines and _has_points(floating) else []), *lines]
+        counts = sorted({int(n) for group in groups for n in group.results[0].found["points"]["mean_iou"]})
+        rows = [
+            ["bits", "row", "box", *(f"{n} click{'s' * (n > 1)}" for n in counts), *(f"{n}: to float" for n in counts)]
+        ]
+        for group in groups:
+            of_seeds = [result.found["points"]["mean_iou"] for result in group.results]
+            means = [mean_and_spread([seed[str(n)] for seed in of_seeds]) for n in counts]
+            differences = [
+                _shown(difference_interval(_clicked(group, at), _clicked(floating, at)))
+                if floating is not None and floating is not group and _has_points(floating)
+                else ""
+                for at in range(len(counts))
+            ]
+            label = "" if group.bits == FLOAT else group.label
+            box = mean_and_spread(group.values("mean_iou"))
+            rows.append(["float" if group.bits == FLOAT else group.bits.upper(), label, box, *means, *differences])
+        return rows
+
+    return _sections(chosen, table, "Mean IoU with a box, and after simulated clicks without a box.")
+
+
+def _has_points(group: Group) -> bool:
+    return all("points" in result.found for result in group.results)
+
+
+def _clicked(group: Group, at: int) -> list[dict[str, Any]]:
+    """IoU after the clicks at a position, image by image: an image counts by its number of objects."""
+    of_seeds = [
+        [
+            {"name": image["name"], "ious": [image["ious"][at]] * image["n"]}
+            for image in found["points"]["per_image"]
+            if image["n"]
+        ]
+        for found in (result.found for result in group.results)
+    ]
+    return averaged(of_seeds)
+
+
+def units_table(chosen: Chosen, reference: str) -> str:
+    """Relative squared errors of units before and after their reconstruction."""
+
+    def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
+        rows = [["bits", "row", "unit", "steps", "before", "after"]]
+        for group in lines:
+            of_seeds = [result.found["quantization"]["units"] for result in group.results]
+            for units in zip(*of_seeds):
+                ends = [_errors([unit[when] for unit in units]) for when in ("before", "after")]
+                rows.append([group.bits.upper(), group.label, units[0]["unit"], str(units[0]["steps"]), *ends])
+        return rows
+
+    return _sections(chosen, table, "Of each output of a unit, mean over seeds.")
+
+
+def _errors(of_seeds: list[list[float]]) -> str:
+    return ", ".join(f"{statistics.fmean(values):.3f}" for values in zip(*of_seeds))
+
+
+def time_table(chosen: Chosen, reference: str) -> str:
+    """Where the time of a row went."""
+
+    def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
+        names = list(
+            dict.fromkeys(name for group in lines for name in group.results[0].found["quantization"]["stages"])
+        )
+        rows = [["bits", "row", *names, "boxes", "all"]]
+        for group in lines:
+            stages = [
+                statistics.median(result.found["quantization"]["stages"].get(name, 0.0) for result in group.results)
+                for name in names
+            ]
+            ends = [
+                statistics.median(result.found["seconds"][name] for result in group.results)
+                for name in ("boxes", "all")
+            ]
+            rows.append([group.bits.upper(), group.label, *(f"{seconds:.1f} s" for seconds in (*stages, *ends))])
+        return rows
+
+    return _sections(chosen, table, "Median over seeds.")
+
+
+def dissipation_table(chosen: Chosen, reference: str) -> str:
+    """Entropy, KL and focus of every decoder attention, float against quantized."""
+
+    def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
+        rows = [
+            [
+                "attention",
+                "bits",
+                "row",
+                "entropy, float",
+                "change",
+                "KL",
+                "focus overlap",
+                "least of a head",
+                "dead rows",
+            ]
+        ]
+        diagnosed = [group for group in lines if _is_diagnosed(group)]
+        names = [each["name"] for each in diagnosed[0].results[0].found["diagnosis"]["attentions"]] if diagnosed else []
+        for at, name in enumerate(names):
+            for group in diagnosed:
+                found = [result.found["diagnosis"]["attentions"][at] for result in group.results]
+                means = {key: statistics.fmean(each[key] for each in found) for key in _MEASURES}
+                least = min(map(statistics.fmean, zip(*(each["heads"]["focus_overlap"] for each in found))))
+                rows.append(
+                    [
+                        short(name),
+                        group.bits.upper(),
+                        group.label,
+                        f"{means['entropy_float']:.2f}",
+                        f"{means['entropy_change']:+.2f}",
+                        f"{means['kl']:.3f}",
+                        f"{means['focus_overlap']:.2f}",
+                        f"{least:.2f}",
+                        f"{means['dead_rows']:.0%}",
+                    ]
+                )
+        return rows
+
+    return _sections(
+        chosen, table, "Nats; focus overlap is the IoU of the keys above half of a row's maximum. Mean over seeds."
+    )
+
+
+_MEASURES = ("entropy_float", "entropy_change", "kl", "focus_overlap", "dead_rows")
+
+
+def oscillation_table(chosen: Chosen, reference: str) -> str:
+    """Relative error along the decoder, in execution order, and its total variation in log scale."""
+
+    def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
+        diagnosed = [group for group in lines if _is_diagnosed(group)]
+        stages = diagnosed[0].results[0].found["diagnosis"]["oscillation"]["stages"] if diagnosed else []
+        rows = [["bits", "row", *map(short, stages), "total variation"]]
+        for group in diagnosed:
+            courses = [result.found["diagnosis"]["oscillation"] for result in group.results]
+            errors = [statistics.fmean(values) for values in zip(*(course["errors"] for course in courses))]
+            variation = mean_and_spread([course["total_variation"] for course in courses])
+            rows.append([group.bits.upper(), group.label, *(f"{error:.3f}" for error in errors), variation])
+        return rows
+
+    return _sections(
+        chosen, table, "Relative squared error of each stage's output in the finished model, mean over seeds."
+    )
+
+
+def _is_diagnosed(group: Group) -> bool:
+    return all("diagnosis" in result.found for result in group.results)
+
+
+def short(name: str) -> str:
+    """The last words of a module's path, with its block."""
+    return ".".join(name.split(".")[-3:])
+
+
+def facts(results: Sequence[Result], floating: Group | None) -> str:
+    """A line that says what made a table's rows."""
+    shown = [*results, *(floating.results if floating else ())]
+    first = results[0]
+    scores, row = first.found["scores"], first.row
+    made = [result.found["made"] for result in shown]
+
+    def each(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(entry[name]) for entry in made))
+
+    seeds = ", ".join(map(str, sorted({result.row.seed for result in results})))
+    steps = ", ".join(str(s) for s in sorted({result.row.steps for result in results if result.row.steps is not None}))
+    return (
+        f"{row.subject}, {'decoder alone (encoder in floating point)' if row.scope == 'decoder' else 'whole model'}; "
+        f"{row.data}: {scores['n_images']} images, {scores['n_prompts']} boxes; calibration on {row.images} images, "
+        f"{row.boxes} boxes each{f', {steps} steps a unit' if steps else ''}; seeds {seeds}. Commit {each('commit')}; "
+        f"{each('device')}; torch {each('torch')}, transformers {each('transformers')}."
+    )
+
+
+def _reference(lines: Sequence[Group], group: Group, label: str) -> Group | None:
+    return next((line for line in lines if line.bits == group.bits and line.label == label), None)
+
+
+def _difference(group: Group, other: Group | None) -> str:
+    if other is None or other is group:
+        return ""
+    return _shown(difference_interval(group.per_image(), other.per_image()))
+
+
+def _shown(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    return f"**{difference}**" if difference.is_clear else str(difference)
+
+
+def _sections(chosen: Chosen, table: Callable[[Group | None, tuple[Group, ...]], list[list[str]]], note: str) -> str:
+    parts = []
+    for _, (floating, lines) in sorted(chosen.sections.items()):
+        rows = table(floating, lines)
+        if lines and len(rows) > 1:
+            parts += [markdown(rows), facts([each for group in lines for each in group.results], floating)]
+    if not parts:
+        raise DataError("none of these rows has what this table shows; run them with --clicks or --diagnose.")
+    return "\n\n".join([*parts, note])
+
+
+def _without_empty(rows: list[list[str]]) -> list[list[str]]:
+    """Without the columns that have a head alone."""
+    kept = [at for at in range(len(rows[0])) if any(row[at] for row in rows[1:])]
+    return [[row[at] for at in kept] for row in rows]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, the first row of which is the head."""
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+KINDS: dict[str, Callable[[Chosen, str], str]] = {
+    "scores": scores_table,
+    "modalities": modality_table,
+    "modalities-ap": lambda chosen, reference: modality_table(chosen, reference, "segm_ap"),
+    "modalities-dsc": lambda chosen, reference: modality_table(chosen, reference, "dsc"),
+    "clicks": clicks_table,
+    "units": units_table,
+    "time": time_table,
+    "dissipation": dissipation_table,
+    "oscillation": oscillation_table,
+}
