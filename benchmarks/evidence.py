@@ -236,7 +236,6 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(words)
-    logging.getLogger("carsam").setLevel(logging.ERROR)
     try:
         return arguments.function(arguments)
     except CarsamError as error:
@@ -245,4 +244,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("carsam").setLevel(logging.ERROR)  # a line of each row is enough
     sys.exit(main())
