@@ -48,6 +48,8 @@ BACKWARDS = {
     "models/sam/decoder.py": {"calibrate", "reconstruct"},
     "models/sam/encoder.py": {"calibrate", "reconstruct"},
     "models/sam/family.py": {"reconstruct"},
+    "models/sam2/encoder.py": {"calibrate", "reconstruct"},
+    "models/sam2/family.py": {"reconstruct"},
     # What lies in the folder to write is looked at before anything long begins.
     "output/checks.py": {"methods", "models", "pack", "prompts", "run"},
     "output/finished.py": {"methods", "pack", "run"},
@@ -167,7 +169,8 @@ def test_files_are_short():
 
 # Words that modules or settings of models have in common with everything else.
 GENERIC = {
-    *("act", "activation", "attn", "bias", "conv1", "conv2", "conv3", "layers", "mlp", "proj", "projection", "scale"),
+    *("act", "activation", "attn", "bias", "blocks", "conv", "conv1", "conv2", "conv3", "layers", "mlp", "proj"),
+    *("projection", "scale"),
     *("transformer", "weight", "layer_norm1", "layer_norm2", "layer_norm3", "layer_norm4"),
     # Settings that every family's configuration may have, and methods of the contract itself.
     *("image_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "window_size", "depths"),

@@ -41,6 +41,14 @@ class ActivationCache:
         """Names of an item's tensors, in order."""
         return tuple(self._items[0])
 
+    def only(self, names: tuple[str, ...]) -> ActivationCache:
+        """The same items with some of their tensors, which stay where they are; with no names all of them."""
+        if not names:
+            return self
+        some = ActivationCache(self._space)
+        some._items = [{name: item[name] for name in names} for item in self._items]
+        return some
+
     def append(self, tensors: dict[str, Tensor]) -> None:
         """Stores one item's tensors, each (n, ...)."""
         self._items.append({name: self._store(value) for name, value in tensors.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -62,7 +63,7 @@ def heat_picture(
     """
     small, factor = shrink(image, HEAT_SIDE)
     side = round(attention.numel() ** 0.5)
-    onto = Geometry(small.shape[:2], geometry.input_size)
+    onto = replace(geometry, original_size=small.shape[:2])
     heat = onto.masks_to_original(attention.reshape(1, side, side).float().cpu(), image_size)[0].numpy()
     grey = small.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
     picture = HEAT_OPACITY * viridis(heat / max(peak, 1e-30)) + (1 - HEAT_OPACITY) * grey[..., None]

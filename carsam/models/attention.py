@@ -10,6 +10,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from carsam.models.implementations import IMPLEMENTATION
 
+# Scores of one image in memory at a time: bounds the temporaries of an attention over a whole image (128 MB).
+CHUNK_ELEMENTS = 2**25
+
 
 class MatMulQuantizers(nn.Module):
     """The quantizers of one attention's MatMul inputs: query, key, value, and the softmax output (from scores)."""
@@ -39,11 +42,21 @@ def carsam_attention(
         scaling: Factor of the scores.
 
     Returns:
-        Output (batch, queries, heads, head_dim), and the quantized attention (batch, heads, queries, keys).
+        Output (batch, queries, heads, head_dim), and the quantized attention (batch, heads, queries, keys); None where
+        that is too large to be kept, and its heads are computed one after the other.
     """
     quantizers: MatMulQuantizers = module.matmul
     # The scale goes to the small operand: on the scores it would be one more sweep over the largest tensor there is.
-    scores = torch.matmul(quantizers.query(query) * scaling, quantizers.key(key).transpose(-2, -1))
+    query, key = quantizers.query(query) * scaling, quantizers.key(key)
+    size = query.shape[2] * key.shape[2]
+    if attention_mask is None and query.shape[1] * size > CHUNK_ELEMENTS:
+        step, value = max(1, CHUNK_ELEMENTS // size), quantizers.value(value).flatten(0, 1)
+        outputs = []
+        for q, k, v in zip(query.flatten(0, 1).split(step), key.flatten(0, 1).split(step), value.split(step)):
+            outputs.append(torch.matmul(quantizers.probs(torch.matmul(q, k.transpose(-2, -1)), value=v), v))
+        output = torch.cat(outputs).unflatten(0, query.shape[:2])
+        return output.transpose(1, 2).contiguous(), None
+    scores = torch.matmul(query, key.transpose(-2, -1))
     if attention_mask is not None:
         scores = scores + attention_mask
     value = quantizers.value(value)

@@ -84,10 +84,13 @@ class Family(ABC):
         names: How its modules are called for people, and what ``model_type`` in ``config.json`` may say.
         model_class: transformers' class, or one derived from it; the most specific one that a model is an instance of
             decides its family.
+        stretched: Whether an image is stretched to the square input; otherwise its longest side fits, and zeros fill
+            the rest.
     """
 
     name: ClassVar[str] = ""
     names: ClassVar[Names] = Names()
+    stretched: ClassVar[bool] = False
 
     @property
     @abstractmethod

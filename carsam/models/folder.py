@@ -21,7 +21,7 @@ from carsam.models.family import Family, families, family_of_type
 from carsam.models.files.state import some
 from carsam.models.files.torch import DamagedFileError
 from carsam.models.files.weights import read_tensors, tensor_shapes, training_leftover, weight_files
-from carsam.models.skeleton import BAD_CONFIG, skeleton
+from carsam.models.skeleton import BAD_CONFIG, fill_buffers, skeleton
 
 HUB_EXAMPLE = "facebook/sam-vit-base"
 CONFIG = "config.json"
@@ -115,9 +115,7 @@ def _check_kind(config: dict[str, Any], source: str) -> None:
         raise CheckpointError(f"{source} is already quantized ({method}); carsam starts from floating-point weights.")
     kind = config.get("model_type")
     if family_of_type(kind) is None:
-        note = " SAM 2 is not supported yet." if str(kind).startswith("sam2") else ""
-        if kind == "sam_hq":
-            note = " SAM-HQ is not supported."
+        note = " SAM-HQ is not supported." if kind == "sam_hq" else ""
         known = " or ".join(f'"{name}"' for family in families().values() for name in family.names.model_types)
         raise CheckpointError(
             f"{source} is a model of type {kind!r}, not {known}.{note} Use a SAM such as {HUB_EXAMPLE}."
@@ -193,6 +191,7 @@ def _assemble(family: Family, config: dict[str, Any], state: dict[str, Tensor], 
     )
     model.load_state_dict({name: state[name].to(torch.float32, copy=True) for name in expected}, assign=True)
     model.tie_weights()
+    fill_buffers(model)
     return model
 
 

@@ -23,3 +23,19 @@ def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pr
     config._attn_implementation = "eager"
     with torch.device("meta"):
         return model_class(config)
+
+
+@torch.no_grad()
+def fill_buffers(model: PreTrainedModel) -> None:
+    """Computes the buffers that no file holds (RoPE's frequencies, say), as transformers does when it loads a folder.
+
+    Args:
+        model: Once a skeleton, its tensors in place by now.
+    """
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if module._non_persistent_buffers_set and not module._parameters:
+            model._init_weights(module)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from carsam.data.coco.rle import counts_area, counts_to_mask, counts_to_rle, mask_to_counts
-from carsam.data.images.transforms import Geometry
 from carsam.predict.predictor import CHUNK_PIXELS, SamPredictor, predict_logits, require_image
 from carsam.prompts.proposals import mask_boxes, non_maximum_suppression, point_grid, stability_score
 
@@ -195,7 +194,7 @@ class SamAutomaticMaskGenerator:
         sure = (iou > self.pred_iou_thresh) if self.pred_iou_thresh > 0 else torch.ones_like(iou, dtype=torch.bool)
         chosen = sure.nonzero()[:, 0]
 
-        geometry = Geometry(predictor.original_size, predictor.input_size)
+        geometry = predictor.geometry
         step = max(1, CHUNK_PIXELS // (geometry.original_size[0] * geometry.original_size[1]))
         for indices in chosen.split(step):
             logits = geometry.masks_to_original(low_res[indices], predictor.preprocessor.image_size)

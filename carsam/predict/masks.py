@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from carsam.data.coco.rle import counts_area, counts_box, counts_to_mask, counts_to_rle, mask_to_counts
-from carsam.data.images.transforms import Geometry
 from carsam.predict.automatic_masks import SamAutomaticMaskGenerator
 from carsam.predict.predictor import SamPredictor
 from carsam.predict.prompts import Prompt
@@ -68,7 +67,7 @@ def segment_prompts(predictor: SamPredictor, prompts: Sequence[Prompt], multimas
         prompts: In pixels of the image.
         multimask: All three masks of a prompt. Otherwise one; a single point is ambiguous and gets the best of three.
     """
-    geometry = Geometry(predictor.original_size, predictor.input_size)
+    geometry = predictor.geometry
     for number, prompt in enumerate(prompts, 1):
         ambiguous = prompt.box is None and len(prompt.points) == 1
         low_res, iou = predictor.predict_low_res(

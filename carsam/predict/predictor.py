@@ -22,14 +22,19 @@ CHUNK_PIXELS = 2**24
 
 
 class ResizeLongestSide:
-    """segment-anything's transform of the same name: image, points and boxes into the input frame."""
+    """segment-anything's transform of the same name: image, points and boxes into the input frame.
 
-    def __init__(self, target_length: int) -> None:
-        self.target_length = target_length
+    Args:
+        target_length: Longest side of the resized image, in pixels.
+        stretched: Both sides become ``target_length``, as SAM 2 has it.
+    """
+
+    def __init__(self, target_length: int, stretched: bool = False) -> None:
+        self.target_length, self.stretched = target_length, stretched
 
     def apply_image(self, image: np.ndarray) -> np.ndarray:
         """Resizes an ``(H, W, 3)`` uint8 image."""
-        return resize_image(image, self.target_length)
+        return resize_image(image, self.target_length, self.stretched)
 
     def apply_coords(self, coords: np.ndarray, original_size: tuple[int, ...]) -> np.ndarray:
         """Points ``(..., 2)`` from the original image, of size ``(H, W)``, into the input frame; float64."""
@@ -44,7 +49,7 @@ class ResizeLongestSide:
 
         segment-anything reads the size off the wrong dimensions here; this one off the last two.
         """
-        size = self.get_preprocess_shape(image.shape[-2], image.shape[-1], self.target_length)
+        size = self._geometry(image.shape[-2:]).input_size
         return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
 
     def apply_coords_torch(self, coords: Tensor, original_size: tuple[int, ...]) -> Tensor:
@@ -62,7 +67,8 @@ class ResizeLongestSide:
 
     def _geometry(self, original_size: tuple[int, ...]) -> Geometry:
         height, width = original_size
-        return Geometry((height, width), resized_size((height, width), self.target_length))
+        size = resized_size((height, width), self.target_length, self.stretched)
+        return Geometry((height, width), size, self.stretched)
 
 
 class SamPredictor:
@@ -90,7 +96,7 @@ class SamPredictor:
     def __init__(self, sam_model: nn.Module | str | Path) -> None:
         self.model = as_sam_model(sam_model)
         self.preprocessor = Preprocessor.for_model(self.model)
-        self.transform = ResizeLongestSide(self.preprocessor.image_size)
+        self.transform = ResizeLongestSide(self.preprocessor.image_size, self.preprocessor.stretched)
         self.reset_image()
 
     @property
@@ -136,7 +142,7 @@ class SamPredictor:
         if len(shape) != 4 or shape[0] != 1 or shape[1] != 3 or max(shape[2:]) != side:
             raise ValueError(f"set_torch_image needs (1, 3, h, w) with the long side {side}, not {shape}.")
         height, width = _image_size(original_image_size)
-        expected = resized_size((height, width), side)
+        expected = resized_size((height, width), side, self.preprocessor.stretched)
         if max(abs(a - b) for a, b in zip(shape[2:], expected)) > 1:
             raise ValueError(
                 f"an image of {height} × {width} (height × width) becomes {expected} before padding, not {shape[2:]}; "
@@ -279,11 +285,20 @@ class SamPredictor:
             masks=mask_input,
             multimask_output=multimask_output,
         )
-        geometry = Geometry(self.original_size, self.input_size)
         side = self.preprocessor.image_size
         if return_logits:
-            return _logits(low_res, geometry, side), iou, low_res
-        return threshold_masks(low_res, geometry, side, self.mask_threshold), iou, low_res
+            return _logits(low_res, self.geometry, side), iou, low_res
+        return threshold_masks(low_res, self.geometry, side, self.mask_threshold), iou, low_res
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the image lies in the input frame.
+
+        Raises:
+            RuntimeError: No image is set.
+        """
+        self._require_image()
+        return Geometry(self.original_size, self.input_size, self.preprocessor.stretched)
 
     def get_image_embedding(self) -> Tensor:
         """Embeddings ``(1, C, h, w)`` of the image.

@@ -29,6 +29,8 @@ class Unit:
         capture: Called as ``capture(model, run_stage)``; gives the inputs with which ``run_stage()``, a pass through
             the unit's stage, reaches it.
         channel_dim: The outputs' channel dimension.
+        reads: Of a unit that is its whole stage, the inputs that it reads where the stage hands on others too; empty:
+            all.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Unit:
     run: Callable[[nn.Module, Tensors], Tensors] = field(compare=False, repr=False)
     capture: Callable[[nn.Module, Callable[[], object]], Tensors] = field(compare=False, repr=False)
     channel_dim: int = -1
+    reads: tuple[str, ...] = ()
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """The unit's modules in ``model``."""

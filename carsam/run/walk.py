@@ -140,8 +140,9 @@ class Walk:
         self, unit: Unit, quantized: _Stream, floating: _Stream, following: Following | None, *, follows: bool
     ) -> None:
         """A unit that is its whole stage: what it gives, quantized and float, is what follows."""
-        targets = self._targets(unit, floating.inputs)
-        data = UnitData(quantized.inputs, floating.inputs, targets, variances(targets))
+        inputs, float_inputs = (stream.inputs.only(unit.reads) for stream in (quantized, floating))
+        targets = self._targets(unit, float_inputs)
+        data = UnitData(inputs, float_inputs, targets, variances(targets))
         if not follows:
             self._unit(unit, data)
             return

@@ -139,7 +139,7 @@ NAMED = {
     "PEFT": (lambda s: {"base_model.x.lora_A.weight": torch.ones(1)}, "holds an adapter"),
     "SAM-HQ": (lambda s: {**s, "mask_decoder.hf_token.weight": torch.ones(1, 256)}, "It is SAM-HQ"),
     "adapters": (lambda s: {**s, "image_encoder.blocks.0.Adapter.fc.weight": torch.ones(1)}, "It has adapters"),
-    "SAM 2": (lambda s: {"model": {"image_encoder.trunk.x": torch.ones(1)}}, "SAM 2 is not supported yet"),
+    "SAM 2": (lambda s: {"model": {"image_encoder.trunk.x": torch.ones(1)}}, "a part of a SAM 2 checkpoint"),
     "MobileSAM": (lambda s: {"image_encoder.layers.0.x": torch.ones(1)}, "MobileSAM"),
     "optimizer": (lambda s: {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": []}, "holds state"),
 }

@@ -166,7 +166,7 @@ NOT_SAM = {
     "ResNet": (lambda s: {"fc.weight": torch.zeros(2, 2)}, r"no image_encoder\.patch_embed.* holds fc\.weight"),
     "SAM 2": (
         lambda s: {"model": {"image_encoder.trunk.patch_embed.proj.weight": torch.zeros(1)}},
-        "SAM 2 is not supported yet",
+        r"patch_embed\.proj\.weight has shape \(1,\), not 4 dimensions as in SAM 2",
     ),
     "MobileSAM": (lambda s: {"image_encoder.layers.0.c.weight": torch.zeros(1)}, "the TinyViT of MobileSAM"),
     "transformers": (lambda s: {"vision_encoder.layers.0.x": torch.zeros(1)}, "pass the folder"),
@@ -215,7 +215,7 @@ def test_file_of_another_kind(content, tmp_path):
 
 BAD_CONFIG = {
     "other model": ({"model_type": "clip"}, "'clip', not \"sam\""),
-    "SAM 2": ({"model_type": "sam2_video"}, "SAM 2 is not supported yet"),
+    "SAM 2": ({"model_type": "sam2_video"}, r"does not describe a SAM 2: it has no vision_config\.backbone_config"),
     "carsam": ({"quantization_config": {"quant_method": "carsam"}}, r"already quantized by carsam; .*carsam\.load\("),
     "other method": ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
     "wrong width": (

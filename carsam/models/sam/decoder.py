@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,17 @@ FINAL = f"{TRANSFORMER}.final_attn_token_to_image"
 
 @dataclass(frozen=True)
 class TwoWayBlock:
-    """A decoder block: self-attention, then the coupled pair token→image (with MLP) and image→token."""
+    """A decoder block: self-attention, then the coupled pair token→image (with MLP) and image→token.
+
+    Attributes:
+        name: Module path.
+        output: Name of the Linear after PV in its attentions.
+        mlp_layers: Names of the MLP's two Linears.
+    """
 
     name: str
+    output: str = "out_proj"
+    mlp_layers: tuple[str, str] = ("lin1", "lin2")
 
     @property
     def self_attention(self) -> str:
@@ -59,21 +68,21 @@ class TwoWayBlock:
         return f"{self.name}.layer_norm{part + 1}"
 
 
-def two_way_blocks(model: nn.Module) -> tuple[TwoWayBlock, ...]:
+def two_way_blocks(model: nn.Module, block: Callable[[str], TwoWayBlock] = TwoWayBlock) -> tuple[TwoWayBlock, ...]:
     """The blocks of a model's decoder."""
-    return tuple(TwoWayBlock(f"{TRANSFORMER}.layers.{i}") for i in range(len(model.get_submodule(TRANSFORMER).layers)))
+    return tuple(block(f"{TRANSFORMER}.layers.{i}") for i in range(len(model.get_submodule(TRANSFORMER).layers)))
 
 
-def attention_site(name: str) -> AttentionSite:
+def attention_site(name: str, output: str = "out_proj") -> AttentionSite:
     """An attention of the decoder: three projections, two streams."""
     projections = (Projection(f"{name}.{part}") for part in ("q_proj", "k_proj", "v_proj"))
-    return AttentionSite(name, *projections, output=f"{name}.out_proj", coupled=True)
+    return AttentionSite(name, *projections, output=f"{name}.{output}", coupled=True)
 
 
 def decoder_attentions(blocks: tuple[TwoWayBlock, ...]) -> list[AttentionSite]:
     """The attentions of the decoder, in execution order."""
     paths = [path for block in blocks for path in (block.self_attention, block.token_to_image, block.image_to_token)]
-    return [attention_site(path) for path in (*paths, FINAL)]
+    return [attention_site(path, blocks[0].output) for path in (*paths, FINAL)]
 
 
 def decoder_layers(blocks: tuple[TwoWayBlock, ...]) -> list[LayerSite]:
@@ -81,12 +90,12 @@ def decoder_layers(blocks: tuple[TwoWayBlock, ...]) -> list[LayerSite]:
 
     def attention(path: str) -> list[LayerSite]:
         projections = [LayerSite(f"{path}.{part}", PROJECTION) for part in ("q_proj", "k_proj", "v_proj")]
-        return [*projections, LayerSite(f"{path}.out_proj")]
+        return [*projections, LayerSite(f"{path}.{blocks[0].output}")]
 
     layers = []
     for block in blocks:
         layers += attention(block.self_attention) + attention(block.token_to_image)
-        layers += [LayerSite(f"{block.mlp}.lin1", MLP_IN), LayerSite(f"{block.mlp}.lin2", MLP_OUT)]
+        layers += [LayerSite(f"{block.mlp}.{name}", role) for name, role in zip(block.mlp_layers, (MLP_IN, MLP_OUT))]
         layers += attention(block.image_to_token)
     return layers + attention(FINAL)
 
@@ -138,12 +147,22 @@ def decoder_stages(blocks: tuple[TwoWayBlock, ...], granularity: str) -> tuple[S
     return (*stages, Stage(FINAL, _runner(FINAL)))
 
 
-def enter_decoder(blocks: tuple[TwoWayBlock, ...], granularity: str) -> Callable:
-    """The inputs of the decoder's first stage from the encoder's outputs and an image's boxes."""
+def enter_decoder(
+    blocks: tuple[TwoWayBlock, ...],
+    granularity: str,
+    arguments_of: Callable[[nn.Module, Tensor, Tensor], Tensors],
+) -> Callable:
+    """The inputs of the decoder's first stage from the encoder's outputs and an image's boxes.
+
+    Args:
+        blocks: The decoder's.
+        granularity: Of its stages.
+        arguments_of: Gives the transformer's arguments; :func:`decoder_input` for SAM.
+    """
 
     def enter(model: nn.Module, before: Tensors, image: CalibrationImage) -> Tensors:
         embedding = before["hidden_states"]
-        arguments = decoder_input(model, embedding, image.boxes.to(embedding.device))
+        arguments = arguments_of(model, embedding, image.boxes.to(embedding.device))
         return arguments if granularity == "decoder" else _first_block_inputs(model, blocks[0].name, arguments)
 
     return enter
@@ -222,7 +241,7 @@ def _run(module: nn.Module, inputs: Tensors) -> Tensors:
     if isinstance(result, Tensor):
         return {"queries": result}
     # Attentions return (output, attention map), blocks and transformer (tokens, image, last attention output).
-    return dict(zip(("queries", "keys"), result[: 1 if hasattr(module, "out_proj") else 2]))
+    return dict(zip(("queries", "keys"), result[: 1 if hasattr(module, "q_proj") else 2]))
 
 
 def _capture_module(path: str) -> Callable[[nn.Module, Callable[[], object]], Tensors]:
@@ -251,15 +270,27 @@ def decoder_input(model: nn.Module, embedding: Tensor, boxes: Tensor) -> Tensors
         input_points=None, input_labels=None, input_boxes=boxes[None], input_masks=None
     )
 
-    def decode() -> None:
-        model.mask_decoder(
-            image_embeddings=embedding,
-            image_positional_embeddings=model.get_image_wide_positional_embeddings(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )
+    return transformer_arguments(
+        model,
+        image_embeddings=embedding,
+        image_positional_embeddings=model.get_image_wide_positional_embeddings(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+    )
 
+
+@torch.no_grad()
+def transformer_arguments(model: nn.Module, **decoder_arguments: Any) -> Tensors:
+    """Arguments of the two-way transformer when the decoder is called on the prompts of one image.
+
+    Args:
+        model: The model.
+        **decoder_arguments: Of its mask decoder, but for ``multimask_output``.
+
+    Returns:
+        As :func:`decoder_input`.
+    """
+    decode = partial(model.mask_decoder, **decoder_arguments, multimask_output=False)
     _, call = capture_call(model.mask_decoder.transformer, decode)
     # From (1, prompts, ...) to (prompts, 1, ...): the same computation, but prompts of several images can be stacked.
     call["point_embeddings"] = call["point_embeddings"].transpose(0, 1)

@@ -85,10 +85,24 @@ class Sam(Family):
     def valid_queries(self, stage: nn.Module, inputs: Tensors) -> Tensor | None:
         return encoder.valid_queries(stage, *inputs["hidden_states"].shape[1:3])
 
+    # Decoder.
+
+    def block(self, name: str) -> decoder.TwoWayBlock:
+        """A block of the decoder by its module path."""
+        return decoder.TwoWayBlock(name)
+
+    def decoder_input(self, model: nn.Module, embedding: Tensor, boxes: Tensor) -> Tensors:
+        """Arguments of the decoder's transformer; see :func:`carsam.models.sam.decoder.decoder_input`."""
+        return decoder.decoder_input(model, embedding, boxes)
+
+    def _blocks(self, sites: Sites) -> tuple[decoder.TwoWayBlock, ...]:
+        """The decoder's blocks: all of its stages but the last, the final attention."""
+        return tuple(self.block(name) for name in sites.decoder_stages[:-1])
+
     # The whole model.
 
     def sites(self, model: nn.Module) -> Sites:
-        blocks = decoder.two_way_blocks(model)
+        blocks = decoder.two_way_blocks(model, self.block)
         attentions = [*self.encoder_attentions(model), *decoder.decoder_attentions(blocks)]
         layers = [*self.encoder_layers(model), *decoder.decoder_layers(blocks)]
         modules = dict(model.named_modules())
@@ -114,12 +128,12 @@ class Sam(Family):
         )
 
     def parts(self, sites: Sites, granularity: str = "module") -> tuple[Part, ...]:
-        blocks = _blocks(sites)
+        blocks = self._blocks(sites)
         return (
             Part("encoder", self.enter_encoder, self.encoder_stages(sites)),
             Part(
                 "decoder",
-                decoder.enter_decoder(blocks, granularity),
+                decoder.enter_decoder(blocks, granularity, self.decoder_input),
                 decoder.decoder_stages(blocks, granularity),
             ),
         )
@@ -127,7 +141,7 @@ class Sam(Family):
     def units(self, sites: Sites, part: str, granularity: str = "module") -> list[Unit]:
         if part == ENCODER:
             return encoder.stage_units(self.encoder_stages(sites))
-        return decoder.decoder_units(_blocks(sites), granularity)
+        return decoder.decoder_units(self._blocks(sites), granularity)
 
     def image_size(self, model: nn.Module) -> int:
         return int(model.config.vision_config.image_size)
@@ -195,8 +209,3 @@ class Sam(Family):
             "num_attention_heads": vision.num_attention_heads,
             "global_attn_indexes": list(vision.global_attn_indexes),
         }
-
-
-def _blocks(sites: Sites) -> tuple[decoder.TwoWayBlock, ...]:
-    """The decoder's blocks: all of its stages but the last, the final attention."""
-    return tuple(decoder.TwoWayBlock(name) for name in sites.decoder_stages[:-1])

@@ -45,7 +45,7 @@ def predict_logits(
     Raises:
         ValueError: Shapes do not fit, a number is not finite, a label is unknown, or a box is upside down.
     """
-    _check_prompts(model, points, labels, boxes, masks)
+    check_prompts(4 * int(model.config.prompt_encoder_config.image_embedding_size), points, labels, boxes, masks)
     sparse, dense = embed_prompts(model.prompt_encoder, points, labels, boxes, masks)
     return decode_prompts(
         model.mask_decoder,
@@ -67,7 +67,7 @@ def embed_prompts(
     """Embeds B prompts in segment-anything's layout; gradients pass.
 
     Args:
-        encoder: A ``SamModel``'s ``prompt_encoder``.
+        encoder: The ``prompt_encoder`` of a ``SamModel`` or ``Sam2Model``.
         points: ``(B, N, 2)``.
         labels: ``(B, N)``.
         boxes: ``(B, 4)`` or ``(B, 1, 4)``.
@@ -138,10 +138,14 @@ def decode_prompts(
     return low_res.flatten(0, 1).float(), iou.flatten(0, 1).float()
 
 
-def _check_prompts(
-    model: SamModel, points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None
+def check_prompts(
+    side: int, points: Tensor | None, labels: Tensor | None, boxes: Tensor | None, masks: Tensor | None
 ) -> None:
     """Refuses prompts that do not fit each other or the model, and numbers that mean nothing.
+
+    Args:
+        side: Of the model's mask inputs, in pixels.
+        points, labels, boxes, masks: As :func:`predict_logits` takes them.
 
     Raises:
         ValueError: With the fix.
@@ -159,7 +163,6 @@ def _check_prompts(
         )
     if boxes is not None and (boxes.ndim not in (2, 3) or boxes.shape[-1] != 4 or boxes.shape[1:-1].numel() != 1):
         raise ValueError(f"boxes must be (B, 4) XYXY, one box a prompt, not {tuple(boxes.shape)}.")
-    side = 4 * int(model.config.prompt_encoder_config.image_embedding_size)
     if masks is not None and (masks.ndim != 4 or tuple(masks.shape[1:]) != (1, side, side)):
         raise ValueError(f"mask inputs must be (B, 1, {side}, {side}) logits, not {tuple(masks.shape)}.")
     counts = {prompt.shape[0] for prompt in (points, boxes) if prompt is not None}

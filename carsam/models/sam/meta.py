@@ -104,7 +104,10 @@ def why_not_sam(content: object) -> str:
     """What a checkpoint without SAM's image encoder is, and what to do; never at the cost of the user's own weights."""
     keys = [str(key) for mapping in mappings(content) for key in mapping]
     if any("image_encoder.trunk." in key or "memory_attention." in key or "obj_ptr_" in key for key in keys):
-        return "it is a SAM 2 checkpoint, and SAM 2 is not supported yet; use SAM's, such as sam_vit_b_01ec64.pth."
+        return (
+            "it is a part of a SAM 2 checkpoint: there is no image_encoder.trunk.patch_embed. Use the whole file, such "
+            "as sam2.1_hiera_tiny.pt."
+        )
     if any("vision_encoder.layers." in key for key in keys):
         return (
             "its tensors have transformers' names; put it as pytorch_model.bin beside the config.json of the model "

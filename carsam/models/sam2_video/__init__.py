@@ -1,0 +1,1 @@
+"""SAM 2 on videos: the image model with its memory."""
