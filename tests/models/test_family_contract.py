@@ -201,8 +201,14 @@ def test_prediction_is_the_models_own(model, data, several):
     same([logits, scores], [own.pred_masks[0], own.iou_scores[0]])
 
 
+# A SAM 2 with memory is the image model with modules that stay in floating point: two methods show as much as all.
+LESS = {"sam2_video": {"rtn", "car-sam"}}
+
+
 @pytest.mark.parametrize("method", sorted(registry()))
-def test_every_method_quantizes_it_and_the_folder_comes_back_equal(method, model, data, tmp_path):
+def test_every_method_quantizes_it_and_the_folder_comes_back_equal(method, name, model, data, tmp_path):
+    if method not in LESS.get(name, {method}):
+        pytest.skip("the family that it derives from goes through every method")
     settings = {"weight_observer": "min-max", "activation_observer": "min-max"}
     if hasattr(create(method), "reconstruction"):
         settings["reconstruction"] = {"steps": 2, "decoder_steps": 2}

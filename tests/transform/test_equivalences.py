@@ -19,7 +19,8 @@ from carsam.transform.rotation import hadamard, keeping_ones, random_orthogonal,
 from carsam.transform.statistics import ChannelStatistics
 
 SEEDS = st.integers(0, 2**32 - 1)
-FAMILIES = sorted(SMALL_MODELS)
+# The sites of a SAM 2 with memory are those of the image model, and it is not called with an image.
+FAMILIES = sorted(set(SMALL_MODELS) - {"sam2_video"})
 few = settings(max_examples=3, deadline=None)
 
 
