@@ -35,15 +35,11 @@ class _Seen:
     count: int = 0
     samples: list[Tensor] = field(default_factory=list)
 
-    def update(self, values: Tensor, quantizer: nn.Module, is_softmax: bool) -> None:
+    def update(self, values: Tensor, quantizer: nn.Module) -> None:
         low, high = (end.item() for end in values.aminmax())
         self.low, self.high = min(self.low, low), max(self.high, high)
         if isinstance(quantizer, SiteQuantizer):  # row-maximum codes never clip
-            clipped = quantizer.clipped(values)
-            if is_softmax:
-                # A logarithmic grid has no zero: it lifts the least probabilities, at no cost worth the name.
-                clipped &= values > quantizer.scale
-            self.clipped += int(clipped.sum())
+            self.clipped += int(quantizer.clipped(values).sum())
         self.count += values.numel()
         self.samples.append(strided(values.detach(), SAMPLE_SIZE).to("cpu", torch.float32).clone())
 
@@ -76,7 +72,7 @@ class ValueRecorder:
             def look(_module: nn.Module, args: tuple) -> None:
                 # A softmax grid is called with scores; what it quantizes are probabilities.
                 values = torch.softmax(args[0], dim=-1) if is_softmax else args[0]
-                self._seen.setdefault(name, _Seen()).update(values, quantizer, is_softmax)
+                self._seen.setdefault(name, _Seen()).update(values, quantizer)
 
             return look
 
@@ -125,7 +121,7 @@ def histogram(sample: Tensor, low: float, high: float, bins: int = BINS) -> Hist
 def grid_ends(quantizer: nn.Module) -> tuple[float | None, float | None]:
     """Least and largest value of a site's grid; (None, None) where groups of channels or rows have their own."""
     inner = _site_quantizer(quantizer)
-    if inner is None or inner.scale.dim() > 0:
+    if inner is None or inner.per_channel:
         return None, None
     far = torch.tensor([-FAR, FAR], device=inner.scale.device)
     low, high = inner.round(far, inner.scale).tolist()

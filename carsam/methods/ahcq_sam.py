@@ -10,19 +10,15 @@ import torch
 from torch import nn
 
 from carsam.compensate.acnr import AcnrReport, AcnrSettings, compensate_layers
-from carsam.errors import ConfigError
 from carsam.methods.ahcptq import AhcPtq
 from carsam.models.sites import Sites
-from carsam.prompts.calibration import CalibrationSet
-from carsam.quantizers import Log1pSoftmax, SoftmaxQuantizer
 from carsam.reconstruct.optimize import UnitData
 from carsam.reconstruct.units import Unit, check_granularity, run_unit
-from carsam.transform.bimodal import integrate_bimodal_keys
 
 
 @dataclass(frozen=True)
 class AhcqSam(AhcPtq):
-    """BIG, HLUQ and CAG as AHCPTQ and PTQ4SAM have them here, LNQ on all softmax outputs, ACNR; whole decoder blocks.
+    """BIG, HLUQ and CAG as AHCPTQ has them, LNQ in AGQ's place on all softmax outputs, ACNR; whole decoder blocks.
 
     The public code runs ACNR over the whole network before anything is reconstructed: front to back, activations
     quantized, weights in floating point, and the float targets keep the weights from before. Here a unit's turn comes
@@ -32,8 +28,6 @@ class AhcqSam(AhcPtq):
 
     Attributes:
         softmax: ``log1p`` is LNQ.
-        extra_code: LNQ with one value more than its bits hold, as the public code computes it.
-        bimodal_integration: BIG on decoder keys.
         acnr: Settings of ACNR.
         granularity: Decoder units: ``block`` is the public code's, a two-way block with both outputs.
     """
@@ -42,28 +36,12 @@ class AhcqSam(AhcPtq):
     summary: ClassVar[str] = "AHCPTQ with BIG, ACNR and LNQ, decoder blocks as units"
 
     softmax: str = "log1p"
-    extra_code: bool = False
-    bimodal_integration: bool = True
     acnr: AcnrSettings = field(default_factory=AcnrSettings)
     granularity: str = "block"
 
     def __post_init__(self):
         super().__post_init__()
         check_granularity(self.granularity)
-        if self.extra_code and self.softmax != Log1pSoftmax.grid:
-            raise ConfigError(f"extra_code belongs to softmax={Log1pSoftmax.grid}, not to {self.softmax}.")
-
-    @property
-    def notes(self) -> str:
-        return super().notes + ("; P with one code too many" if self.extra_code else "")
-
-    def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
-        if self.extra_code:
-            return Log1pSoftmax(bits, extra_code=1)
-        return super().softmax_for(site, bits)
-
-    def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
-        return integrate_bimodal_keys(model, sites, data) if self.bimodal_integration else []
 
     def prepare_unit(
         self,
@@ -90,6 +68,4 @@ class AhcqSam(AhcPtq):
         # Without them a unit comes out as AHCPTQ's.
         if self.acnr.enabled:
             settings["acnr"] = asdict(self.acnr)
-        if self.extra_code:
-            settings["extra_code"] = True
         return settings

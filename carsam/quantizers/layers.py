@@ -125,7 +125,8 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Linear: (..., in) → (..., out). Conv2d: (batch, in, h, w) → (batch, out, h', w')."""
-        x, weight = self.input_quantizer(x), self.simulated_weight()
+        # Observers see what the input is multiplied with: some grids are judged by the layer's output.
+        x, weight = self.input_quantizer(x, weight=self.weight), self.simulated_weight()
         if self.conv is None:
             return F.linear(x, weight, self.bias)
         return F.conv2d(x, weight, self.bias, **self.conv)

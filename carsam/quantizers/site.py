@@ -43,8 +43,7 @@ class FakeQuantize(torch.autograd.Function):
             passed = torch.lerp(grad, passed, rest[0].to(grad.dtype))
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            # In all three cases g · d x̂/ds = (g · x̂ − passed · x)/s.
-            grad_scale = (_products(grad, out, scale) - _products(passed, x, scale)) / scale
+            grad_scale = ctx.quantizer.scale_gradient(grad, passed, x, out, scale)
         return passed if ctx.needs_input_grad[0] else None, grad_scale, None, None
 
 
@@ -69,6 +68,7 @@ class SiteQuantizer(Grid):
 
     Attributes:
         learns_scale: Whether reconstruction learns the scale (LSQ); False keeps the one that calibration found.
+        per_channel: Whether channels (the last dimension) have grids of their own.
 
     Args:
         bits: Bits of a code, 2 to 8; 16 leaves the site in floating point.
@@ -76,6 +76,7 @@ class SiteQuantizer(Grid):
     """
 
     learns_scale: ClassVar[bool] = True
+    per_channel: ClassVar[bool] = False
 
     def __init__(self, bits: int, *, always: bool = False):
         super().__init__()
@@ -97,6 +98,18 @@ class SiteQuantizer(Grid):
     def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float, float]:
         """``(values, low, high)``: an element is clipped where its value lies beyond ``[low, high]``."""
         raise NotImplementedError
+
+    def scale_gradient(self, grad: Tensor, passed: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> Tensor:
+        """Gradient of the scale, in its shape.
+
+        Args:
+            grad: g, the gradient of the output.
+            passed: What of it passes to the input: 0 where a value was clipped.
+            x, out: Input x and output x̂; equal where nothing was quantized.
+            scale: As :meth:`round` got it.
+        """
+        # Inside, clipped and not quantized: in all three cases g · d x̂/ds = (g · x̂ − passed · x)/s.
+        return (_products(grad, out, scale) - _products(passed, x, scale)) / scale
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of ``x``, integers in ``[0, 2^bits)`` (uint8, the shape of ``x``)."""
@@ -133,6 +146,9 @@ class SiteQuantizer(Grid):
         value = self.scale.log() if relative else self.scale.clone()
         self.learned = nn.Parameter(value.detach().clone())
         return self.learned
+
+    def advance(self, share: float) -> None:
+        """Told after every step which share of a unit's steps is done; a grid that changes on the way does so here."""
 
     def settle(self) -> None:
         """Ends learning: the learned scale becomes the buffer."""

@@ -12,7 +12,7 @@ from carsam.quantizers.affine import qmax
 from carsam.quantizers.simulation import current
 from carsam.quantizers.site import SiteQuantizer
 from carsam.quantizers.softmax import SoftmaxQuantizer
-from carsam.quantizers.softmax_log2 import ProbabilityRecord
+from carsam.quantizers.softmax_log2 import COARSE_ROWS, ProbabilityRecord, product_errors
 
 # Shares of the largest probability that are tried as top of the grid with every α, and with the best one thereafter.
 COARSE = torch.logspace(-1, 0, 10)
@@ -95,26 +95,26 @@ class Log1pRecord(ProbabilityRecord):
 
         Without rows (a softmax that was called without values) s is the largest probability, α the middle one.
         """
-        high = torch.tensor(max(self.highs)).clamp(min=1e-8)
+        device = quantizer.scale.device
+        high = torch.tensor(max(self.highs), device=device).clamp(min=1e-8)
         alphas = quantizer.ALPHAS
         if not self.rows:
             quantizer.set_grid(high, alphas[len(alphas) // 2])
             return
-        candidates = [(alpha, share) for alpha in alphas for share in COARSE]
-        alpha, share = self._best(candidates, high, quantizer.top)
-        fine = [(alpha, each) for each in (share * FINE).clamp(float(COARSE[0]), 1.0).unique()]
-        alpha, share = self._best(fine, high, quantizer.top)
-        quantizer.set_grid(share * high, alpha)
 
-    def _best(self, candidates: list[tuple[float, Tensor]], high: Tensor, top: int) -> tuple[float, Tensor]:
-        """The pair of α and share of the largest probability with the least squared error of P̂V."""
-        errors = [0.0] * len(candidates)
-        for rows, value in self.rows:
-            rows, value = rows.float(), value.float()
-            for i, (alpha, share) in enumerate(candidates):
-                difference = round_log1p(rows, share * high, alpha * share * high, top).sub_(rows)
-                errors[i] += (difference @ value).square().sum().item()
-        return candidates[min(range(len(errors)), key=errors.__getitem__)]
+        def best(candidates: list[tuple[float, float]], every: int) -> tuple[float, float]:
+            rounders = [
+                lambda probs, s=share * high, alpha=alpha: round_log1p(probs, s, alpha * s, quantizer.top)
+                for alpha, share in candidates
+            ]
+            errors = product_errors(self.products(device, every), rounders)
+            return candidates[min(range(len(errors)), key=errors.__getitem__)]
+
+        every = COARSE_ROWS if len(self.rows) >= 8 * COARSE_ROWS else 1
+        alpha, share = best([(alpha, share) for alpha in alphas for share in COARSE.tolist()], every)
+        shares = (share * FINE).clamp(float(COARSE[0]), 1.0).unique().tolist()
+        alpha, share = best([(alpha, each) for each in shares], 1)
+        quantizer.set_grid(share * high, alpha)
 
 
 def log1p_code(x: Tensor, scale: Tensor, curve: Tensor, top: int) -> Tensor:

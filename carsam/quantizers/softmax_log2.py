@@ -1,11 +1,13 @@
-"""Logarithmic codes of a softmax output."""
+"""Logarithmic codes of a softmax output, and what the grids of P keep to be judged by P̂V."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from carsam.quantizers.affine import qmax
 from carsam.quantizers.record import Record
@@ -14,30 +16,53 @@ from carsam.quantizers.simulation import current
 from carsam.quantizers.site import SiteQuantizer
 from carsam.quantizers.softmax import SoftmaxQuantizer
 
-# Heads of one forward pass, and queries of each, whose P is kept with V to choose a granularity by P̂V.
+# Heads of one forward pass, and queries of each, whose P is kept with V to judge a grid by P̂V.
 RECORDED_HEADS, RECORDED_ROWS = 2, 64
+# Values of P kept from one forward pass: rows over thousands of keys are few, and every pass brings others.
+RECORDED_VALUES = 2**15
+# Shares of the largest probability that are tried as top of the grid with every τ, and around the best one thereafter.
+COARSE = torch.logspace(-1.5, 0, 10)
+FINE = torch.logspace(-1.5 / 9, 1.5 / 9, 9)
+# Of the kept rows, every fourth judges the coarse search.
+COARSE_ROWS = 4
 
 
 class Log2Softmax(SiteQuantizer, SoftmaxQuantizer):
     """AGQ, Adaptive Granularity Quantization (PTQ4SAM, CVPR 2024, arXiv 2405.03144).
 
-    P̂ = scale · 2^(−q/τ), q = clip(round(−τ log2(P/scale)), 0, qmax): with τ = 1 codes reach far down, with τ = 4 they
-    are dense near the top. No code is zero; the least value is scale · 2^(−qmax/τ).
+    P̂ = scale · 2^(−q/τ), q = round(−τ log2(P/scale)) from 0 to n − 1 where n = qmax, and zero beyond: with τ = 1 codes
+    reach far down, with τ = 4 they are dense near the top. The last code is zero.
 
-    Buffers: ``scale`` (float32 scalar), the largest probability; ``tau`` (uint8 scalar).
+    Buffers: ``scale`` (float32 scalar), the largest value; ``tau`` (uint8 scalar).
+
+    Args:
+        bits: Bits of a code.
+        always: Quantize regardless of the simulation.
+        extra_code: 0, or 1 for n = 2^bits as in the public code: 2^bits + 1 values, one more than the bits hold. Only
+            to compare with its numbers.
     """
 
     grid = "log2"
     note = "log2 codes"
+    arguments: ClassVar[Mapping[str, int]] = {"extra_code": 1}
     TAUS = (1, 2, 4)
 
-    def __init__(self, bits: int, *, always: bool = False):
+    def __init__(self, bits: int, *, always: bool = False, extra_code: int = 0):
         super().__init__(bits, always=always)
+        self.extra_code = extra_code
         if bits < 16:
             self.register_buffer("tau", torch.tensor(1, dtype=torch.uint8))
 
-    def record(self) -> ProbabilityRecord:
-        return ProbabilityRecord()
+    @property
+    def zero(self) -> int:
+        """The code of zero, and the number of codes that are not."""
+        return qmax(self.bits) + self.extra_code
+
+    def spec(self) -> dict[str, Any]:
+        return {**super().spec(), "extra_code": self.extra_code}
+
+    def record(self) -> Log2Record:
+        return Log2Record()
 
     def fault(self) -> str:
         fault = super().fault()
@@ -51,18 +76,17 @@ class Log2Softmax(SiteQuantizer, SoftmaxQuantizer):
         self.load_grid({"scale": scale.float(), "tau": torch.tensor(tau, dtype=torch.uint8)})
 
     def round(self, x: Tensor, scale: Tensor) -> Tensor:
-        return round_log2(x, scale, int(self.tau), self.bits)
+        return round_log2(x, scale, int(self.tau), self.zero)
 
     def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float, float]:
-        # Half a code beyond either end, in the logarithm.
-        tau, top = int(self.tau), scale.item()
-        return x, top * 2.0 ** (-(qmax(self.bits) + 0.5) / tau), top * 2.0 ** (0.5 / tau)
+        # Half a code above the top, in the logarithm; nothing lies below zero, which is a code.
+        return x, -1.0, scale.item() * 2.0 ** (0.5 / int(self.tau))
 
     def encode(self, x: Tensor) -> Tensor:
-        return log2_exponent(x, self.scale, int(self.tau), self.bits).to(torch.uint8)
+        return log2_code(x, self.scale, int(self.tau), self.zero).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return torch.exp2(codes.float() / -int(self.tau)) * self.scale
+        return torch.exp2(codes.float() / -int(self.tau)) * self.scale * (codes < self.zero)
 
     def forward(self, scores: Tensor, value: Tensor | None = None) -> Tensor:
         """Quantized attention from scores (..., queries, keys); observers also see ``value`` (..., keys, dim)."""
@@ -86,29 +110,81 @@ class ProbabilityRecord(Record):
         if value is None:
             return
         probs, value = values.detach().flatten(0, -3), value.detach().flatten(0, -3)
+        heads, queries, keys = probs.shape
+        step = step_for(queries, max(4, min(RECORDED_ROWS, RECORDED_VALUES // (RECORDED_HEADS * keys))))
         # A few heads and rows of every pass: rows differ far more between images and heads than within one.
-        for head in range(len(self.rows) % len(probs), len(probs), step_for(len(probs), RECORDED_HEADS)):
-            rows = probs[head, :: step_for(probs.shape[1], RECORDED_ROWS)]
+        for head in range(len(self.rows) % heads, heads, step_for(heads, RECORDED_HEADS)):
+            rows = probs[head, len(self.rows) % step :: step]
             self.rows.append((rows.half().cpu(), value[head].half().cpu()))
 
+    def fit(self, quantizer: SiteQuantizer, observer: str) -> None:
+        raise NotImplementedError
+
+    def products(self, device: torch.device, every: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """The kept rows (n, rows, keys) with their V (n, keys, dim) on a device, float32, those of one shape together.
+
+        Args:
+            device: Where they are wanted.
+            every: Leaves out all but every so manieth of what was kept.
+        """
+        by_shape: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+        for rows, value in self.rows[::every]:
+            by_shape.setdefault((rows.shape, value.shape), []).append((rows, value))
+        return [tuple(torch.stack(part).to(device).float() for part in zip(*group)) for group in by_shape.values()]
+
+
+def product_errors(products: list[tuple[Tensor, Tensor]], rounders: list[Callable[[Tensor], Tensor]]) -> list[float]:
+    """Σ (P̂V − PV)² over kept rows, for every way to round P.
+
+    Args:
+        products: As :meth:`ProbabilityRecord.products` gives them.
+        rounders: Each called with P, any shape; gives a new tensor P̂.
+    """
+    device = products[0][0].device
+    errors = torch.zeros(len(rounders), dtype=torch.float64, device=device)
+    for probs, value in products:
+        for i, rounded in enumerate(rounders):
+            errors[i] += (rounded(probs).sub_(probs) @ value).square().sum()
+    return errors.tolist()
+
+
+class Log2Record(ProbabilityRecord):
+    """The record of a site with logarithmic codes."""
+
     def fit(self, quantizer: Log2Softmax, observer: str) -> None:
-        """The granularity with the least error of P̂V (PTQ4SAM, section 4.3); the scale is the largest probability."""
-        scale = torch.tensor(max(self.highs))
-        errors = dict.fromkeys(quantizer.TAUS, 0.0)
-        for rows, value in self.rows:
-            rows, value = rows.float(), value.float()
-            for tau in errors:
-                difference = round_log2(rows, scale, tau, quantizer.bits).sub_(rows)
-                errors[tau] += (difference @ value).square().sum().item()
-        quantizer.set_grid(scale, min(errors, key=errors.get))
+        """Searches τ and scale for the least squared error of P̂V on the rows kept, whatever the observer.
+
+        Without rows (a softmax that was called without values) the scale is the largest probability, τ the middle one.
+        """
+        device = quantizer.scale.device
+        high = torch.tensor(max(self.highs), device=device).clamp(min=1e-8)
+        if not self.rows:
+            quantizer.set_grid(high, quantizer.TAUS[len(quantizer.TAUS) // 2])
+            return
+
+        def best(candidates: list[tuple[int, float]], every: int) -> tuple[int, float]:
+            rounders = [
+                lambda probs, tau=tau, share=share: round_log2(probs, share * high, tau, quantizer.zero)
+                for tau, share in candidates
+            ]
+            errors = product_errors(self.products(device, every), rounders)
+            return candidates[min(range(len(errors)), key=errors.__getitem__)]
+
+        # Of kept rows the first pass alone would judge where there are few.
+        every = COARSE_ROWS if len(self.rows) >= 8 * COARSE_ROWS else 1
+        tau, share = best([(tau, share) for tau in quantizer.TAUS for share in COARSE.tolist()], every)
+        shares = (share * FINE).clamp(float(COARSE[0]), 1.0).unique().tolist()
+        tau, share = best([(tau, each) for each in shares], 1)
+        quantizer.set_grid(share * high, tau)
 
 
-def log2_exponent(x: Tensor, scale: Tensor, tau: int, bits: int) -> Tensor:
-    """q = clip(round(−τ log2(x/scale)), 0, qmax), as a new float tensor."""
+def log2_code(x: Tensor, scale: Tensor, tau: int, zero: int) -> Tensor:
+    """q = clip(round(−τ log2(x/scale)), 0, zero), as a new float tensor; ``zero`` is the code of zero."""
     # The floor only keeps the logarithm finite: far below the last code.
-    return (x / scale).clamp_(min=1e-30).log2_().mul_(-tau).round_().clamp_(0, qmax(bits))
+    return (x / scale).clamp_(min=1e-30).log2_().mul_(-tau).round_().clamp_(0, zero)
 
 
-def round_log2(x: Tensor, scale: Tensor, tau: int, bits: int) -> Tensor:
-    """scale · 2^(−q/τ) for the q of :func:`log2_exponent`; a new tensor."""
-    return log2_exponent(x, scale, tau, bits).div_(-tau).exp2_().mul_(scale)
+def round_log2(x: Tensor, scale: Tensor, tau: int, zero: int) -> Tensor:
+    """scale · 2^(−q/τ) for the q of :func:`log2_code`, and 0 for its last; a new tensor."""
+    values = log2_code(x, scale, tau, zero).div_(-tau).exp2_()
+    return F.threshold_(values, 2.0 ** ((0.5 - zero) / tau), 0.0).mul_(scale)

@@ -210,6 +210,8 @@ def optimise(
                     optimisers[-1].param_groups[0]["lr"] = rate
                 for optimiser in optimisers:
                     optimiser.step()
+                for quantizer in learning:
+                    quantizer.advance((step + 1) / steps)
                 if step % max(1, steps // 40) == 0 or step == steps - 1:
                     losses.append((step, loss.item()))
                 if progress is not None:

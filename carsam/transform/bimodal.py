@@ -18,6 +18,8 @@ from carsam.quantizers.sampling import strided
 
 # PTQ4SAM's rule: density at 128 points, a peak is at least 0.01 of their sum high and 32 points away from the next.
 POINTS, PEAK_HEIGHT, PEAK_DISTANCE = 128, 0.01, 32
+# How :func:`integrate_bimodal_keys` judges.
+BIMODAL_RULES = ("calibration", "published")
 # Values that a density is estimated from: enough for two peaks, few enough for 128 exponentials each.
 SAMPLE_SIZE = 2**13
 
@@ -67,35 +69,47 @@ def flip_channels(query: nn.Linear, key: nn.Linear, signs: Tensor) -> None:
 
 
 @torch.no_grad()
-def integrate_bimodal_keys(model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict]:
-    """BIG at every decoder attention, judged over the whole calibration set and not over one sample.
+def integrate_bimodal_keys(
+    model: nn.Module, sites: Sites, data: CalibrationSet, *, rule: str = "calibration"
+) -> list[dict]:
+    """BIG at decoder attentions.
 
     Args:
         model: Float model; changed in place.
         sites: Its sites.
         data: Calibration images with boxes.
+        rule: ``calibration`` judges the keys of every decoder attention over the whole calibration set;
+            ``published``, as public code, those of the token→image attentions alone, their modes by the first prompt
+            of the first image, their signs by all prompts of it.
 
     Returns:
-        Per decoder attention: its name, the modes of its keys before and after, and the number of flipped channels.
+        Per attention that was judged: its name, the modes of its keys, and the number of flipped channels.
     """
+    assert rule in BIMODAL_RULES, rule
+    published = rule == "published"
     coupled = {site.name: site for site in sites.attentions if site.coupled}
-    names = list(coupled)
+    names = [name for name in coupled if not published or name in sites.focus]
+    images = data.images[:1] if published else data.images
     samples: dict[str, list[Tensor]] = {name: [] for name in names}
     sums = dict.fromkeys(names, 0)
     counts = dict.fromkeys(names, 0)
 
     def see(name: str, keys: Tensor) -> None:
+        """Takes keys (..., prompts, tokens, channels)."""
         rows = keys.flatten(0, -2).float()
         sums[name] = sums[name] + rows.sum(0, dtype=torch.float64)
         counts[name] += len(rows)
-        samples[name].append(strided(rows, SAMPLE_SIZE // max(1, len(data.images)) + 1).cpu())
+        judged = keys.flatten(0, -3)[0].float() if published else rows
+        samples[name].append(strided(judged, SAMPLE_SIZE // max(1, len(images)) + 1).cpu())
 
     handles = [
-        model.get_submodule(site.key.layer).register_forward_hook(lambda _m, _a, out, name=name: see(name, out))
-        for name, site in coupled.items()
+        model.get_submodule(coupled[name].key.layer).register_forward_hook(
+            lambda _m, _a, out, name=name: see(name, out)
+        )
+        for name in names
     ]
     try:
-        for image in data.images:
+        for image in images:
             sites.family.forward(model, image)
     finally:
         for handle in handles:

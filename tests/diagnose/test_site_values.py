@@ -75,7 +75,7 @@ def uniform(kind=ActivationQuantizer):
 
 def hybrid():
     quantizer = HybridQuantizer(4, always=True)
-    quantizer.set_grid(torch.tensor(0.5), torch.tensor(2.0), torch.tensor(-1.0))
+    quantizer.set_grid(torch.tensor(0.5), torch.tensor(1.5), torch.tensor(-0.5), 8)
     return quantizer
 
 
@@ -96,8 +96,8 @@ def grouped():
     [
         (uniform(), (-1.5, 6.0)),
         (uniform(UniformSoftmax), (-1.5, 6.0)),
-        (hybrid(), (-0.5, 5.0)),
-        (log2(), (0.8 * 2**-7.5, 0.8)),
+        (hybrid(), (-0.5, 1.0 + 7 * 0.5)),
+        (log2(), (0.0, 0.8)),
         (grouped(), (None, None)),
         (RowMaximumSoftmax(4, always=True), (None, None)),
     ],
