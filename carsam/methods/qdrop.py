@@ -41,9 +41,15 @@ class QDrop(Method):
 
 @dataclass(frozen=True)
 class Brecq(QDrop):
-    """QDrop's units with every activation quantized all the time."""
+    """QDrop's units, nothing dropped: rounding first, with activations in floating point, then steps of activations.
+
+    ``reconstruction.phases: joint`` learns both together, which is ours. In the image encoder a unit is a whole block;
+    public code for SAM has attention and MLP apart there.
+    """
 
     name: ClassVar[str] = "brecq"
-    summary: ClassVar[str] = "block-wise reconstruction"
+    summary: ClassVar[str] = "block-wise reconstruction, weights before activations"
 
-    reconstruction: ReconstructionSettings = field(default_factory=lambda: ReconstructionSettings(drop=0.0))
+    reconstruction: ReconstructionSettings = field(
+        default_factory=lambda: ReconstructionSettings(drop=0.0, phases="weights-first")
+    )

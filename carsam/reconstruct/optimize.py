@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,12 @@ from carsam.quantizers.simulation import keep_mask
 from carsam.reconstruct.losses import relative_loss
 from carsam.reconstruct.units import Unit, run_unit
 
+# How rounding and steps of activations are learned: together, or one after the other.
+PHASES = ("joint", "weights-first")
+# Share of the steps that the weights get in two phases: BRECQ takes 20,000 for rounding and 5,000 for steps.
+WEIGHT_SHARE = 0.8
+# A value of α at which rounding is decided: h is 0 or 1 well before.
+DECIDED = 10.0
 # Methods take up to 20,000; more than this is a slip that would run for years.
 MAX_STEPS = 10_000_000
 
@@ -40,6 +47,8 @@ class ReconstructionSettings:
         drop: QDrop's probability that an activation element stays in floating point; also the share of the unit's
             input taken from the float model. 0 is BRECQ.
         per_layer: Learn one layer at a time from its own input and output (AdaRound) instead of the unit as a whole.
+        phases: ``joint`` learns rounding and steps of activations together. ``weights-first`` is BRECQ's way: rounding
+            while activations stay in floating point, then steps with the weights decided.
         drop_probs: Whether softmax outputs are dropped as well. Their error at 4 bits is not noise that averages out: a
             broad row rounds to zero as a whole, so a unit trained on half-dropped rows meets rows of half the sum.
     """
@@ -57,8 +66,11 @@ class ReconstructionSettings:
     drop: float = 0.5
     drop_probs: bool = True
     per_layer: bool = False
+    phases: str = "joint"
 
     def __post_init__(self):
+        if self.phases not in PHASES:
+            raise ConfigError(f"unknown phases {self.phases!r}; choose from {', '.join(PHASES)}.")
         if self.steps < 0 or self.decoder_steps < 0 or self.images_per_step < 1:
             raise ConfigError("steps must not be negative, and a step needs at least one image.")
         if max(self.steps, self.decoder_steps) > MAX_STEPS:
@@ -179,13 +191,20 @@ def optimise(
         optimisers.append(torch.optim.Adam(alphas, lr=settings.rounding_rate, fused=fused))
     if scales:
         optimisers.append(torch.optim.Adam(scales, lr=settings.scale_rate, fused=fused))
-    warmup = int(settings.rounding_warmup * steps)
+    joint = settings.phases == "joint" or not alphas or not scales
+    # Steps for rounding, and from which on steps of activations are learned.
+    rounding_steps, first_scale_step = (steps, 0) if joint else (int(WEIGHT_SHARE * steps),) * 2
+    warmup = int(settings.rounding_warmup * rounding_steps)
 
     try:
-        state = {"weights": True, "activations": True, "drop": settings.drop, "drop_probs": settings.drop_probs}
-        with torch.random.fork_rng(), simulate(**state):
+        state = {"weights": True, "activations": joint, "drop": settings.drop, "drop_probs": settings.drop_probs}
+        with torch.random.fork_rng(), ExitStack() as simulation:
+            simulation.enter_context(simulate(**state))
             torch.manual_seed(unit_seed(seed, unit.name))
             for step in range(steps if optimisers else 0):
+                if not joint and step == rounding_steps:
+                    _decide(layers, alphas)
+                    simulation.enter_context(simulate(activations=True))
                 order = torch.randperm(len(data.quantized))[: settings.images_per_step].tolist()
                 inputs = data.quantized.batch(order, device)
                 if settings.drop > 0:
@@ -195,8 +214,8 @@ def optimise(
                         name: torch.lerp(floating[name], value, keep_mask(value.shape, settings.drop, device).float())
                         for name, value in inputs.items()
                     }
-                if step >= warmup and settings.rounding_weight > 0:
-                    share = (step - warmup) / max(1, steps - warmup)
+                if warmup <= step < rounding_steps and settings.rounding_weight > 0:
+                    share = (step - warmup) / max(1, rounding_steps - warmup)
                     beta = 2 + (20 - 2) * (1 - share)
                     for layer in layers:
                         layer.penalty = (settings.rounding_weight, beta)
@@ -205,13 +224,14 @@ def optimise(
                 for optimiser in optimisers:
                     optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-                if scales:
-                    rate = 0.5 * settings.scale_rate * (1 + math.cos(math.pi * step / steps))
+                scale_step, scale_steps = step - first_scale_step, steps - first_scale_step
+                if scales and scale_step >= 0:
+                    rate = 0.5 * settings.scale_rate * (1 + math.cos(math.pi * scale_step / scale_steps))
                     optimisers[-1].param_groups[0]["lr"] = rate
                 for optimiser in optimisers:
                     optimiser.step()
                 for quantizer in learning:
-                    quantizer.advance((step + 1) / steps)
+                    quantizer.advance((scale_step + 1) / scale_steps)
                 if step % max(1, steps // 40) == 0 or step == steps - 1:
                     losses.append((step, loss.item()))
                 if progress is not None:
@@ -224,3 +244,13 @@ def optimise(
     for layer in layers:
         layer.freeze()
     return losses
+
+
+@torch.no_grad()
+def _decide(layers: list[QuantizedLayer], alphas: list[nn.Parameter]) -> None:
+    """Ends the learning of rounding before the weights become integers: every α says up or down for good."""
+    for layer in layers:
+        layer.penalty = None
+    for alpha in alphas:
+        alpha.copy_(torch.where(alpha >= 0, DECIDED, -DECIDED))
+        alpha.requires_grad_(False)

@@ -29,7 +29,7 @@ def test_units_are_encoder_blocks_and_whole_decoder_blocks(nano):
 
 def test_without_its_additions_a_unit_is_ahcptqs(nano):
     sites = find_sites(nano)
-    plain = {"softmax": "uniform", "acnr": {"enabled": False}, "granularity": "module"}
+    plain = {"softmax": "log2", "acnr": {"enabled": False}, "granularity": "module"}
     ours, ahcptq = create("ahcq-sam", plain), create("ahcptq")
     for unit in ahcptq.units(sites):
         assert ours.unit_settings(unit, sites) == ahcptq.unit_settings(unit, sites)
@@ -40,7 +40,7 @@ def test_notes_say_what_is_not_uniform():
     notes = create("ahcq-sam").notes
     assert all(word in notes for word in ("log1p", "log-uniform", "per group"))
     assert "one code too many" in create("ahcq-sam", {"extra_code": True}).notes
-    with pytest.raises(ConfigError, match="extra_code belongs to softmax=log1p"):
+    with pytest.raises(ConfigError, match="extra_code belongs to softmax=log1p or log2, not to uniform"):
         create("ahcq-sam", {"extra_code": True, "softmax": "uniform"})
 
 

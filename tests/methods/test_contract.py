@@ -148,8 +148,9 @@ def test_interrupted_and_resumed_it_gives_what_it_would_have_given(name, nano, s
     [
         ("ptq4sam-s", {"softmax": "uniform"}, ""),
         ("rtn", {"softmax": "log2"}, "P in log2 codes"),
-        ("ahcptq", {"hybrid": False}, "projections per group of input channels"),
-        ("ahcptq", {"hybrid": False, "groups": 1}, ""),
+        ("ahcptq", {"hybrid": False, "softmax": "uniform"}, "projections per group of input channels"),
+        ("ahcptq", {"hybrid": False, "groups": 1}, "P in log2 codes"),
+        ("ptq4sam-l", {"extra_code": True}, "P in log2 codes and one code too many"),
     ],
 )
 def test_notes_follow_the_settings(name, settings, notes):

@@ -14,9 +14,9 @@ from carsam.models.family import GRANULARITIES, find_sites
 from carsam.models.prepare import prepare_model
 from carsam.models.sam.decoder import decoder_input
 from carsam.prompts.calibration import CalibrationImage
-from carsam.quantizers import simulate
+from carsam.quantizers import QuantizedLayer, SiteQuantizer, simulate
 from carsam.reconstruct.losses import relative_loss
-from carsam.reconstruct.optimize import ReconstructionSettings, UnitData, optimise, relative_errors, unit_seed
+from carsam.reconstruct.optimize import PHASES, ReconstructionSettings, UnitData, optimise, relative_errors, unit_seed
 from carsam.reconstruct.units import check_cover, decoder_units, encoder_units, run_unit
 from carsam.run.walk import fit_weights
 
@@ -163,7 +163,25 @@ def test_same_seed_same_integers_other_seed_others(nano, arguments):
     assert unit_seed(0, "a") != unit_seed(0, "b") != unit_seed(1, "b")
 
 
+@pytest.mark.parametrize("phases", PHASES)
+def test_weights_first_decides_rounding_before_steps_of_activations(phases, nano, arguments):
+    """BRECQ's two phases: no step of an activation has a part in the rounding. Together they have."""
+    device, codes, steps = torch.device("cpu"), [], []
+    for scale_rate in (1e-4, 0.1):
+        model, unit, data, _ = pair_problem(nano, arguments, drop=0.0)
+        settings = ReconstructionSettings(drop=0.0, phases=phases, rounding_rate=0.1, scale_rate=scale_rate)
+        optimise(model, unit, data, settings, steps=4, seed=0, device=device)
+        parts = [m for module in unit.modules(model) for m in module.modules()]
+        codes.append(torch.cat([m.codes.flatten() for m in parts if isinstance(m, QuantizedLayer)]))
+        steps.append(torch.stack([m.scale for m in parts if isinstance(m, SiteQuantizer)]))
+    assert not torch.equal(*steps)
+    assert torch.equal(*codes) == (phases == "weights-first")
+
+
 def test_settings_out_of_range_are_refused():
+    with pytest.raises(ConfigError, match="unknown phases 'both'; choose from joint, weights-first"):
+        ReconstructionSettings(phases="both")
+
     for wrong in ({"steps": -1}, {"drop": 1.0}, {"images_per_step": 0}):
         with pytest.raises(ConfigError):
             ReconstructionSettings(**wrong)
