@@ -18,9 +18,9 @@ from carsam.reconstruct.units import Unit
 class AhcPtq(Ptq4SamParts, QDrop):
     """PTQ4SAM-L with a hybrid grid after activations and grids per group of channels after norms.
 
-    Three repairs are ours and always on: AGQ has the values that its bits hold (``extra_code`` gives the public
-    code's), large values of a hybrid site stay large (there they fall into the log zone where they exceed its number of
-    codes), and the rate of steps goes on falling when channels are grouped (there it starts again).
+    As the public code, with two repairs that are always on: AGQ has the values that its bits hold (``extra_code`` gives
+    the public code's), and large values of a hybrid site stay large (there they fall into the log zone where they
+    exceed its number of codes). ``progressive: false`` with ``group_by: ranges`` is a repair that is an option.
 
     Attributes:
         hybrid: HLUQ on the inputs of MLPs' second layers.

@@ -112,8 +112,8 @@ class GroupedQuantizer(SiteQuantizer):
         return values.exp() if self.relative else values.clamp(min=1e-8)
 
     @torch.no_grad()
-    def advance(self, share: float) -> None:
-        merging = self._merging
+    def advance(self, share: float) -> bool:
+        merging, changed = self._merging, False
         while merging is not None and merging.stage < len(SCHEDULE) and share >= SCHEDULE[merging.stage][0]:
             groups = self.groups * SCHEDULE[merging.stage][1]
             merging.stage += 1
@@ -121,6 +121,8 @@ class GroupedQuantizer(SiteQuantizer):
                 scale, zero, group = group_grids(self.step(), merging.zero, groups, self.bits, self.by)
                 merging.merge(zero[group], group, groups)
                 self.learned.copy_(self._stored(scale[group]))
+                changed = True
+        return changed
 
     def settle(self) -> None:
         if self.learned is None or self._merging is None:

@@ -147,8 +147,13 @@ class SiteQuantizer(Grid):
         self.learned = nn.Parameter(value.detach().clone())
         return self.learned
 
-    def advance(self, share: float) -> None:
-        """Told after every step which share of a unit's steps is done; a grid that changes on the way does so here."""
+    def advance(self, share: float) -> bool:
+        """Told after every step which share of a unit's steps is done; a grid that changes on the way does so here.
+
+        Returns:
+            Whether it did.
+        """
+        return False
 
     def settle(self) -> None:
         """Ends learning: the learned scale becomes the buffer."""

@@ -195,6 +195,8 @@ def optimise(
     # Steps for rounding, and from which on steps of activations are learned.
     rounding_steps, first_scale_step = (steps, 0) if joint else (int(WEIGHT_SHARE * steps),) * 2
     warmup = int(settings.rounding_warmup * rounding_steps)
+    # The rate of steps falls along a cosine from here, over so many steps.
+    rate_from, scale_steps = first_scale_step, steps - first_scale_step
 
     try:
         state = {"weights": True, "activations": joint, "drop": settings.drop, "drop_probs": settings.drop_probs}
@@ -224,14 +226,17 @@ def optimise(
                 for optimiser in optimisers:
                     optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-                scale_step, scale_steps = step - first_scale_step, steps - first_scale_step
-                if scales and scale_step >= 0:
-                    rate = 0.5 * settings.scale_rate * (1 + math.cos(math.pi * scale_step / scale_steps))
+                if scales and step >= rate_from:
+                    rate = 0.5 * settings.scale_rate * (1 + math.cos(math.pi * (step - rate_from) / scale_steps))
                     optimisers[-1].param_groups[0]["lr"] = rate
                 for optimiser in optimisers:
                     optimiser.step()
-                for quantizer in learning:
-                    quantizer.advance((scale_step + 1) / scale_steps)
+                share = (step + 1 - first_scale_step) / scale_steps
+                changed = [quantizer.advance(share) for quantizer in learning]
+                if any(changed):
+                    # As AHCPTQ's public code: on other grids, steps are learned afresh.
+                    optimisers[-1] = torch.optim.Adam(scales, lr=settings.scale_rate, fused=fused)
+                    rate_from = step + 1
                 if step % max(1, steps // 40) == 0 or step == steps - 1:
                     losses.append((step, loss.item()))
                 if progress is not None:

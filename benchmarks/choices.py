@@ -1,0 +1,109 @@
+"""Settings of methods on held-out calibration images: which agrees best with the float model.
+
+    python benchmarks/choices.py embedded/sam-nano-256 --images IMAGES --coco INSTANCES.json \
+        --row "BIG published=ptq4sam-s bimodal_rule=published" --row "BIG calibration=ptq4sam-s"
+
+Every row is quantized on the first 32 calibration images and measured on the next 32: mean IoU of its masks with the
+float model's, and the difference to the first row with its 95 % interval over images. No annotation is scored, and no
+image of a table of results. With ``--stress`` the subject is the stressed twin of that strength (METHOD.md, 9); the
+image encoder stays in floating point with ``--decoder-only``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import options
+import torch
+import yaml
+from torch import nn
+
+import carsam
+from carsam.config import QuantizeConfig
+from carsam.evaluate.intervals import difference_interval
+from carsam.models.forward import encode_image, predict_logits
+from carsam.prompts.calibration import CalibrationSet
+from carsam.transform.stress import stress
+
+
+@dataclass
+class Scores:
+    """One image's IoUs with the float model's masks."""
+
+    name: str
+    ious: list[float]
+
+
+def row_of(text: str) -> tuple[str, str, dict[str, Any]]:
+    """Label, method and settings of ``LABEL=METHOD name=value …``; a dot in a name leads into a nested setting."""
+    label, _, rest = text.partition("=")
+    method, *changes = rest.split()
+    settings: dict[str, Any] = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        *path, last = name.split(".")
+        place = settings
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = yaml.safe_load(value)
+    return label, method, settings
+
+
+@torch.no_grad()
+def masks_of(model: nn.Module, data: CalibrationSet) -> list[torch.Tensor]:
+    """Low-resolution masks (prompts, h, w) of every image."""
+    return [
+        predict_logits(model, encode_image(model, image.pixel_values), boxes=image.boxes)[0][:, 0] > 0
+        for image in data.images
+    ]
+
+
+def agreement(masks: list[torch.Tensor], floats: list[torch.Tensor]) -> list[Scores]:
+    """IoU in per cent of every mask with the float model's; 100 where both are empty."""
+    found = []
+    for index, (ours, theirs) in enumerate(zip(masks, floats)):
+        union = (ours | theirs).sum((1, 2))
+        ious = torch.where(union > 0, 100.0 * (ours & theirs).sum((1, 2)) / union.clamp(min=1), 100.0)
+        found.append(Scores(str(index), ious.tolist()))
+    return found
+
+
+def main() -> None:
+    parser = options.parser(__doc__)
+    options.add_data(parser, measured=False)
+    parser.add_argument("--row", action="append", default=[], required=True, help="LABEL=METHOD name=value ...")
+    parser.add_argument("--calibrate", type=int, default=32, help="images to quantize on")
+    parser.add_argument("--judge", type=int, default=32, help="images to measure on")
+    parser.add_argument("--boxes", type=int, default=6, help="boxes an image")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stress", type=float, default=0.0)
+    parser.add_argument("--decoder-only", action=argparse.BooleanOptionalAction, default=False)
+    arguments = options.parse(parser)
+
+    model = carsam.load_model(arguments.model)
+    if arguments.stress:
+        model = stress(model, arguments.stress)
+    count = arguments.calibrate + arguments.judge
+    given = {"coco": arguments.coco, "n_images": count, "minimum": count, "boxes_per_image": arguments.boxes}
+    chosen = carsam.calibration_set(model, arguments.images, **given, seed=arguments.seed).images
+    solve, judge = (CalibrationSet.of(part) for part in (chosen[: arguments.calibrate], chosen[arguments.calibrate :]))
+    floats = masks_of(model, judge)
+    options.head("row", "IoU with the float masks", "to the first row (95 %)")
+    first = None
+    for label, method, settings in map(row_of, arguments.row):
+        config = QuantizeConfig(method, settings, arguments.bits, decoder_only=arguments.decoder_only)
+        packed = carsam.quantize(model, solve, config).model
+        scores = agreement(masks_of(packed, judge), floats)
+        ious = [iou for image in scores for iou in image.ious]
+        difference = None if first is None else difference_interval(scores, first)
+        first = first or scores
+        told = (
+            "" if difference is None else f"{difference.value:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})"
+        )
+        options.row(label, f"{sum(ious) / len(ious):.1f}", told)
+
+
+if __name__ == "__main__":
+    main()
