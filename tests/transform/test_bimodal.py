@@ -102,3 +102,17 @@ def test_big_integrates_the_stressed_twins_keys_and_leaves_unimodal_ones(nano, s
     for report in reports:
         if report["modes"] == 1:
             assert report["flipped_channels"] == 0
+
+
+@torch.no_grad()
+def test_the_published_rule_judges_what_tokens_read_of_the_image_by_one_image(nano, small_set):
+    twin = stress(copy.deepcopy(nano), 1.0)
+    sites = find_sites(twin)
+    reports = integrate_bimodal_keys(copy.deepcopy(twin), sites, small_set, rule="published")
+    assert [report["attention"] for report in reports] == [s.name for s in sites.attentions if s.name in sites.focus]
+    assert any(report["flipped_channels"] for report in reports)
+    # Other images than the first have no say, and of its prompts only the first has one in the modes.
+    first = small_set.of(small_set.images[:1])
+    assert integrate_bimodal_keys(copy.deepcopy(twin), sites, first, rule="published") == reports
+    everywhere = integrate_bimodal_keys(copy.deepcopy(twin), sites, small_set)
+    assert {report["attention"] for report in reports} < {report["attention"] for report in everywhere}
