@@ -136,7 +136,7 @@ class GroupedQuantizer(SiteQuantizer):
         # A group that lost all of its channels needs a grid that a file may hold.
         scales, zeros = torch.ones_like(self.scale), torch.zeros_like(self.scale)
         scales[group], zeros[group] = scale, zero
-        self.learned = self._merging = None
+        self.learned = self._merging = self.observed = None
         self.set_grid(scales, zeros, group)
 
     def step_along(self, x: Tensor) -> Tensor:
