@@ -26,27 +26,27 @@ from typing import Any
 
 import evidence_tables as tables
 from evidence_data import FOLDERS, ROOT, Places
-from evidence_rows import Row, read_plan, row_of
+from evidence_rows import Row, once, read_plan, row_of
 
 from carsam.errors import CarsamError, DataError
 from carsam.reading import read_json
 
 RESULTS = ROOT / "docs" / "results"
+# Of a row, what the command line may say of all of them.
+FIELDS = ("subject", "scope", "data", "bits", "steps", "boxes", "images")
 
 
-def planned(arguments: argparse.Namespace) -> list[Row]:
+def planned(arguments: argparse.Namespace) -> tuple[Row, ...]:
     """The rows of the command line."""
     rows = [row for name in arguments.plan for row in read_plan(name)]
-    common = {
-        name: getattr(arguments, name) for name in ("subject", "scope", "data", "bits", "steps", "boxes", "images")
-    }
+    common = {name: getattr(arguments, name) for name in FIELDS}
     common |= {"limit": arguments.limit, "clicks": arguments.clicks, "diagnose": arguments.diagnose}
     common = {name: value for name, value in common.items() if value is not None}
     for seed in arguments.seeds:
         rows += [row_of(text, {**common, "seed": seed}) for text in arguments.row]
     if not rows:
         raise DataError("there is nothing to run; name a plan with --plan, or a row with --row LABEL=METHOD.")
-    return rows
+    return once(rows)
 
 
 def is_done(row: Row, folder: Path) -> bool:
@@ -123,20 +123,20 @@ def unpack(arguments: argparse.Namespace) -> int:
 def table(arguments: argparse.Namespace) -> int:
     """Prints tables of what is there."""
     found = tables.read_results(arguments.results)
-    chosen = tables.choose(
-        found,
-        {name: getattr(arguments, name) for name in ("subject", "scope", "data", "bits", "steps", "boxes", "images")},
-        labels(arguments),
-    )
+    where = {
+        name: getattr(arguments, name) for name in ("subject", "scope", "data", "bits", "steps", "boxes", "images")
+    }
+    chosen = tables.choose(found, where, labels(arguments))
     print(tables.KINDS[arguments.kind](chosen, arguments.reference))
     return 0
 
 
-def labels(arguments: argparse.Namespace) -> list[str]:
-    """Labels of the rows to show, in order; none shows all."""
-    if arguments.rows:
-        return [label.strip() for label in arguments.rows.split(",")]
-    return list(dict.fromkeys(row.label for name in arguments.plan for row in read_plan(name)))
+def labels(arguments: argparse.Namespace) -> dict[str, str]:
+    """Labels of the rows to show, in order, and what to call each; none shows all."""
+    if not arguments.rows:
+        return {row.label: row.label for name in arguments.plan for row in read_plan(name)}
+    pairs = [part.strip().rpartition("=") for part in arguments.rows.split(";")]
+    return {label.strip(): shown.strip() or label.strip() for shown, _, label in pairs}
 
 
 def bundle(arguments: argparse.Namespace) -> int:
@@ -221,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("table", table)
     add_selection(command)
     command.add_argument("kind", nargs="?", choices=sorted(tables.KINDS), default="scores")
-    command.add_argument("--rows", help="labels to show, by commas, in this order")
+    command.add_argument("--rows", help="labels to show in this order, by ;, each perhaps as NAME=LABEL")
     command.add_argument("--reference", default="CAR-SAM", help="label of the row that the others are compared with")
 
     command = add("bundle", bundle)

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -192,9 +192,16 @@ def read_plan(name: str) -> tuple[Row, ...]:
             found += list(_rows_of(group, values.get("defaults") or {}))
         except ConfigError as error:
             raise ConfigError(f"group {number} of the plan {path.name}: {error}") from None
-    unique: dict[tuple[Any, ...], Row] = {}
-    for row in found:  # a float model is the same in every group
-        unique.setdefault((row.key, row.clicks, row.diagnose), row)
+    return once(found)
+
+
+def once(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Each row once, where it comes first, measured in every way that one of its occurrences asks for."""
+    unique: dict[str, Row] = {}
+    for row in rows:
+        known = unique.get(row.key, row)
+        clicks = tuple(sorted({*known.clicks, *row.clicks}))
+        unique[row.key] = replace(known, clicks=clicks, diagnose=max(known.diagnose, row.diagnose))
     return tuple(unique.values())
 
 

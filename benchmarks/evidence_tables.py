@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,18 +92,19 @@ def read_results(folder: Path) -> list[Result]:
     return found
 
 
-def choose(found: Sequence[Result], where: dict[str, Any], labels: Sequence[str] = ()) -> Chosen:
+def choose(found: Sequence[Result], where: dict[str, Any], labels: Mapping[str, str] | None = None) -> Chosen:
     """The rows to show.
 
     Args:
         found: All rows.
         where: Fields of :class:`Row` and the values that they must have; None takes all.
-        labels: Labels to show, in this order; empty shows all by name.
+        labels: What to call each label to show, in this order; none shows all by name.
 
     Raises:
         DataError: Nothing is left, or two rows of one label and seed have other settings.
     """
     where = {name: value for name, value in where.items() if value is not None}
+    labels = labels or {}
 
     def fits(row: Row) -> bool:
         ignored = ("scope", "bits", "steps", "boxes", "images") if row.is_float else ()
@@ -114,7 +115,7 @@ def choose(found: Sequence[Result], where: dict[str, Any], labels: Sequence[str]
     floating = {(each.row.subject, each.row.data, each.row.limit): each for each in kept if each.row.is_float}
     if not rows:
         raise DataError("no row fits; leave out some of --subject, --scope, --data, --bits, --rows, --plan.")
-    order = {label: index for index, label in enumerate(labels)}
+    order = {shown: index for index, shown in enumerate(labels.values())}
     sections: dict[tuple[str, str, str], dict[tuple[str, str], dict[int, Result]]] = {}
     for result in rows:
         row = result.row
@@ -129,7 +130,7 @@ def choose(found: Sequence[Result], where: dict[str, Any], labels: Sequence[str]
     shown = {}
     for place, groups in sections.items():
         lines = [
-            Group(label, bits, tuple(result for _, result in sorted(seeds.items())))
+            Group(labels.get(label, label), bits, tuple(result for _, result in sorted(seeds.items())))
             for (bits, label), seeds in groups.items()
         ]
         lines.sort(key=lambda group: (BITS.get(group.bits, 9), order.get(group.label, 0), group.label))

@@ -9,7 +9,7 @@ import evidence_workers
 import pytest
 from evidence_data import Places, split, subset
 from evidence_measure import dice
-from evidence_rows import PLANS, Row, read_plan, row_of
+from evidence_rows import PLANS, Row, once, read_plan, row_of
 
 from carsam.errors import ConfigError, DataError
 
@@ -80,6 +80,11 @@ def test_a_wrong_plan_is_refused_before_anything_runs(tmp_path, change, message)
     path.write_text(f"groups: [{{rows: [{change}]}}]")
     with pytest.raises(ConfigError, match=message):
         read_plan(str(path))
+
+
+def test_rows_of_several_plans_are_run_once_and_measured_in_every_way():
+    rows = [Row("A", "rtn", clicks=(1,)), Row("B", "rtn"), Row("A", "rtn", clicks=(3,), diagnose=4)]
+    assert once(rows) == (Row("A", "rtn", clicks=(1, 3), diagnose=4), Row("B", "rtn"))
 
 
 def test_keys_tell_settings_apart_and_not_what_else_is_measured():
@@ -174,12 +179,15 @@ def test_tables_average_seeds_and_compare_with_the_reference(tmp_path):
         made_up("CAR-SAM", [[62.0, 62.0], [52.0]], seed=1),
         made_up("RTN", [[40.0, 40.0], [30.0]]),
     )
-    table = evidence_tables.scores_table(evidence_tables.choose(found, {}, ["RTN", "CAR-SAM"]), "CAR-SAM")
+    table = evidence_tables.scores_table(
+        evidence_tables.choose(found, {}, {"RTN": "nearest", "CAR-SAM": "both"}), "both"
+    )
     lines = table.splitlines()
     assert lines[2].startswith("| float | | | 10.0 | 76.7 | 86.7 |")
     # One seed, 21 points below the mean of the other's two on every prompt, so without an interval to speak of.
     assert lines[3].endswith("| **-40.0 (-40.0 to -40.0)** | **-21.0 (-21.0 to -21.0)** |")
-    assert lines[4].startswith("| W4A4 | CAR-SAM | 2 | 10.5 ± 0.5 | 57.7 ± 1.0 |")
+    assert lines[3].startswith("| W4A4 | nearest | 1 |")
+    assert lines[4].startswith("| W4A4 | both | 2 | 10.5 ± 0.5 | 57.7 ± 1.0 |")
     assert "seeds 0, 1" in table and "Commit abc" in table
     by_modality = evidence_tables.modality_table(evidence_tables.choose(found, {}), "CAR-SAM")
     assert "| W4A4 | RTN | 36.7 | 36.7 |" in by_modality
