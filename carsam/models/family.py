@@ -232,6 +232,21 @@ class Family(ABC):
     def forward(self, model: nn.Module, image: CalibrationImage) -> None:
         """One pass of the whole model over a calibration image with all its prompts; for observers."""
 
+    def decode(self, model: nn.Module, encoded: Tensors, image: CalibrationImage) -> tuple[Tensor, Tensor] | None:
+        """Low-resolution logits (prompts, masks, h, w) and predicted IoU (prompts, masks) of an image's boxes.
+
+        Gradients pass, and prompts lie along the first dimension of everything inside, as in the decoder's stages.
+
+        Args:
+            model: The model, float or quantized.
+            encoded: What the encoder part gives of the image.
+            image: The image's prompts.
+
+        Returns:
+            None where the family has no such pass; methods that tune on masks are refused for it then.
+        """
+        return None
+
     @abstractmethod
     def as_segment_anything(self, model: nn.Module) -> nn.Module:
         """The model with the interface of ``segment_anything.modeling.Sam``; ``sam_model`` is the model itself."""

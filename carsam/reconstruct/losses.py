@@ -6,7 +6,11 @@ from torch import Tensor
 
 
 def relative_loss(
-    outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], variances: list[float], channel_dim: int = -1
+    outputs: tuple[Tensor, ...],
+    targets: tuple[Tensor, ...],
+    variances: list[float],
+    channel_dim: int = -1,
+    weights: list[Tensor] | None = None,
 ) -> Tensor:
     """Σ over outputs of the squared error, summed over channels and averaged over the rest, over the output's variance.
 
@@ -17,12 +21,16 @@ def relative_loss(
         outputs, targets: Tensors of equal shapes.
         variances: Of each target over the calibration set.
         channel_dim: Where the channels are.
+        weights: Of each output's squared errors, broadcasting against it, mean about 1; None counts all alike.
 
     Returns:
         Scalar.
     """
     total = 0
-    for output, target, variance in zip(outputs, targets, variances):
+    for i, (output, target, variance) in enumerate(zip(outputs, targets, variances)):
         channels = output.shape[channel_dim]
-        total = total + (output - target).square().mean() * (channels / variance)
+        error = (output - target).square()
+        if weights is not None:
+            error = error * weights[i]
+        total = total + error.mean() * (channels / variance)
     return total

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from carsam.quantizers import QuantizedLayer, SiteQuantizer, simulate
 from carsam.quantizers.simulation import keep_mask
 from carsam.reconstruct.losses import relative_loss
 from carsam.reconstruct.units import Unit, run_unit
+
+if TYPE_CHECKING:
+    from carsam.reconstruct.masks import MaskWeights
 
 # How rounding and steps of activations are learned: together, or one after the other.
 PHASES = ("joint", "weights-first")
@@ -51,6 +55,11 @@ class ReconstructionSettings:
             while activations stay in floating point, then steps with the weights decided.
         drop_probs: Whether softmax outputs are dropped as well. Their error at 4 bits is not noise that averages out: a
             broad row rounds to zero as a whole, so a unit trained on half-dropped rows meets rows of half the sum.
+        mask_weight: Share of a decoder unit's loss in which errors are weighed by what the masks make of them
+            (:mod:`carsam.reconstruct.masks`); 0 counts all elements alike.
+        mask_steps: Steps in which the finished decoder is tuned on the float model's masks; 0 leaves it out.
+        mask_rate: Adam's rate there, relative to the step of a grid.
+        mask_norms: Whether the norms and biases, which stay in floating point, are tuned with the grids.
     """
 
     steps: int = 300
@@ -67,6 +76,10 @@ class ReconstructionSettings:
     drop_probs: bool = True
     per_layer: bool = False
     phases: str = "joint"
+    mask_weight: float = 0.0
+    mask_steps: int = 0
+    mask_rate: float = 2e-3
+    mask_norms: bool = False
 
     def __post_init__(self):
         if self.phases not in PHASES:
@@ -75,6 +88,8 @@ class ReconstructionSettings:
             raise ConfigError("steps must not be negative, and a step needs at least one image.")
         if max(self.steps, self.decoder_steps) > MAX_STEPS:
             raise ConfigError(f"steps must be at most {MAX_STEPS}.")
+        if not 0 <= self.mask_weight <= 1 or self.mask_steps < 0 or self.mask_rate <= 0:
+            raise ConfigError("mask_weight must lie in [0, 1], mask_steps not be negative, and mask_rate be positive.")
         if not 0 <= self.drop < 1:
             raise ConfigError(f"the drop probability must lie in [0, 1), not {self.drop}.")
 
@@ -106,12 +121,16 @@ def unit_seed(seed: int, unit: str) -> int:
 
 @dataclass
 class UnitData:
-    """Cached data of one unit: inputs from the quantized-so-far and from the float model, float targets."""
+    """Cached data of one unit: inputs from the quantized-so-far and from the float model, float targets.
+
+    ``weights`` says what the masks make of errors in the outputs, where the loss asks for it.
+    """
 
     quantized: ActivationCache
     floating: ActivationCache
     targets: ActivationCache
     variances: list[float]
+    weights: MaskWeights | None = None
 
     def batch_targets(self, indices: list[int], device: torch.device) -> tuple[torch.Tensor, ...]:
         """Targets of some images, in output order."""
@@ -222,7 +241,8 @@ def optimise(
                     for layer in layers:
                         layer.penalty = (settings.rounding_weight, beta)
                 targets = data.batch_targets(order, device)
-                loss = relative_loss(run_unit(model, unit, inputs), targets, data.variances, unit.channel_dim)
+                weights = _loss_weights(data.weights, settings.mask_weight, order, device)
+                loss = relative_loss(run_unit(model, unit, inputs), targets, data.variances, unit.channel_dim, weights)
                 for optimiser in optimisers:
                     optimiser.zero_grad(set_to_none=True)
                 loss.backward()
@@ -259,3 +279,12 @@ def _decide(layers: list[QuantizedLayer], alphas: list[nn.Parameter]) -> None:
     for alpha in alphas:
         alpha.copy_(torch.where(alpha >= 0, DECIDED, -DECIDED))
         alpha.requires_grad_(False)
+
+
+def _loss_weights(
+    weights: MaskWeights | None, share: float, indices: list[int], device: torch.device
+) -> list[torch.Tensor] | None:
+    """Weights of the squared errors: the masks' with a share, 1 otherwise."""
+    if weights is None or share == 0:
+        return None
+    return [(1 - share) + share * each for each in weights.batch(indices, device)]

@@ -31,6 +31,8 @@ class Unit:
         channel_dim: The outputs' channel dimension.
         reads: Of a unit that is its whole stage, the inputs that it reads where the stage hands on others too; empty:
             all.
+        outputs: Module paths that give the outputs in a pass of the whole model: one each, or one for all. Empty where
+            they are not known; the masks' sensitivity to them cannot be asked for then.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Unit:
     capture: Callable[[nn.Module, Callable[[], object]], Tensors] = field(compare=False, repr=False)
     channel_dim: int = -1
     reads: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """The unit's modules in ``model``."""

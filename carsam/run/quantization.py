@@ -60,6 +60,7 @@ class QuantizeResult:
             "units": [asdict(unit) for unit in self.report.units],
             "compensations": [asdict(item) for item in self.report.compensations],
             "transforms": self.report.transforms,
+            **({"masks": asdict(self.report.masks)} if self.report.masks is not None else {}),
         }
 
 

@@ -20,13 +20,14 @@ from carsam.calibrate.observers import RangeRecorder
 from carsam.compensate.acnr import AcnrReport
 from carsam.compensate.mac import MacReport
 from carsam.methods.base import Method
-from carsam.models.family import ENCODED, Part, Stage, Tensors
+from carsam.models.family import DECODER, ENCODED, Part, Stage, Tensors
 from carsam.models.forward import encode_image
 from carsam.models.sites import Sites
 from carsam.prompts.calibration import CalibrationImage, CalibrationSet
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.reconstruct.layerwise import optimise_layers
-from carsam.reconstruct.optimize import UnitData, UnitReport, relative_errors
+from carsam.reconstruct.masks import MaskReport, MaskWeights, mask_weights, tune_on_masks
+from carsam.reconstruct.optimize import UnitData, UnitReport, relative_errors, unit_seed
 from carsam.reconstruct.units import Unit, check_cover, run_unit
 from carsam.run.context import RunContext
 from carsam.run.progress import KEPT, PlannedUnit, StageProgress
@@ -42,6 +43,7 @@ class WalkReport:
     units: list[UnitReport] = field(default_factory=list)
     compensations: list[MacReport | AcnrReport] = field(default_factory=list)
     transforms: list[dict[str, Any]] = field(default_factory=list)
+    masks: MaskReport | None = None
 
 
 class Walk:
@@ -75,6 +77,8 @@ class Walk:
         check_cover(self.units, sites)
         self.parts = sites.family.parts(sites, method.granularity)
         self.report = WalkReport()
+        # Embeddings by both models, once the walk has reached the decoder.
+        self.encoded: tuple[ActivationCache, ActivationCache] | None = None
         if isinstance(context.progress, StageProgress):
             kinds = {stage.name: part.name for part in self.parts for stage in part.stages}
             short = sites.family.names.short
@@ -92,6 +96,7 @@ class Walk:
             streams = self._enter(part, streams)
             for stage in part.stages:
                 self._stage(stage, *streams, last=stage is part.stages[-1], last_part=part is self.parts[-1])
+        self._tune_on_masks()
         return self.report
 
     def _enter(self, part: Part, before: tuple[_Stream, _Stream] | None) -> tuple[_Stream, _Stream]:
@@ -100,6 +105,9 @@ class Walk:
             # Nothing is quantized before the first stage: both models compute the same.
             first = self._cached(lambda i: self._first(part, self.data.images[i]))
             return _Stream(self.model, first), _Stream(self.reference, first)
+
+        if part.name == DECODER:
+            self.encoded = before[0].inputs, before[1].inputs
 
         def entered(stream: _Stream) -> _Stream:
             inputs = stream.inputs
@@ -233,6 +241,8 @@ class Walk:
                 layer.freeze()
         else:
             report.steps = steps
+            if settings.mask_weight > 0 and self.encoded is not None and steps:
+                data.weights = self._mask_weights(unit, data)
             options = {
                 "steps": steps,
                 "seed": self.context.seed,
@@ -247,6 +257,43 @@ class Walk:
             else:
                 report.losses = self.context.hooks.optimise(self.model, unit, data, settings, **options)
         return report, mac
+
+    def _mask_weights(self, unit: Unit, data: UnitData) -> MaskWeights | None:
+        """What the masks make of errors in a decoder unit's outputs."""
+        return mask_weights(
+            self.reference,
+            unit,
+            data.targets,
+            data.variances,
+            self.encoded[1],
+            self.data.images,
+            self.sites.family,
+            space=self.context.space,
+            device=self.device,
+            seed=unit_seed(self.context.seed, unit.name),
+        )
+
+    def _tune_on_masks(self) -> None:
+        """Tunes the finished decoder on the float model's masks, where the method asks for it."""
+        settings = self.method.reconstruction_for(self.units[-1]) if self.units else None
+        if settings is None or settings.mask_steps == 0:
+            return
+        name = "masks"
+        steps = settings.mask_steps
+        self.report.masks = tune_on_masks(
+            self.model,
+            self.sites.decoder,
+            self.sites.family,
+            *self.encoded,
+            self.reference,
+            self.data.images,
+            steps=steps,
+            rate=settings.mask_rate,
+            norms=settings.mask_norms,
+            seed=unit_seed(self.context.seed, name),
+            device=self.device,
+            progress=lambda step: self.progress(len(self.units) - 1, len(self.units), name, step, steps),
+        )
 
     def _observe(self, unit: Unit, data: UnitData) -> None:
         """Ranges of a unit, from the quantized-so-far inputs, activations inside in floating point."""

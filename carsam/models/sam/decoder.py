@@ -172,7 +172,7 @@ def decoder_units(blocks: tuple[TwoWayBlock, ...], granularity: str) -> list[Uni
     """The decoder's units, in execution order; see :meth:`carsam.models.family.Family.units`."""
 
     def module(path: str, stage: str) -> Unit:
-        return Unit(path, (path,), stage, _runner(path), _capture_module(path))
+        return Unit(path, (path,), stage, _runner(path), _capture_module(path), outputs=(path,))
 
     if granularity == "decoder":
         return [module(TRANSFORMER, TRANSFORMER)]
@@ -205,7 +205,9 @@ def _pair(block: TwoWayBlock) -> Unit:
             "key_pe": call["key_point_embedding"],
         }
 
-    return Unit(f"{block.name}.pair", (block.token_to_image, block.mlp, block.image_to_token), block.name, run, capture)
+    scope = (block.token_to_image, block.mlp, block.image_to_token)
+    outputs = (block.norm(2), block.norm(3))
+    return Unit(f"{block.name}.pair", scope, block.name, run, capture, outputs=outputs)
 
 
 def run_pair(block: nn.Module, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor) -> Tensors:

@@ -12,7 +12,7 @@ from transformers.models.sam.modeling_sam import SamVisionAttention
 
 from carsam.errors import CheckpointError
 from carsam.models.attention import MatMulQuantizers
-from carsam.models.family import ENCODER, Family, Part, Stage, Tensors
+from carsam.models.family import ENCODED, ENCODER, Family, Part, Stage, Tensors
 from carsam.models.folder import check_image_size
 from carsam.models.sam import decoder, encoder, forward, meta
 from carsam.models.sam.attention import QuantizedVisionAttention
@@ -157,6 +157,15 @@ class Sam(Family):
 
     def predict_logits(self, model: nn.Module, image_embeddings: Tensor, **prompts: Any) -> tuple[Tensor, Tensor]:
         return forward.predict_logits(model, image_embeddings, **prompts)
+
+    def decode(self, model: nn.Module, encoded: Tensors, image: CalibrationImage) -> tuple[Tensor, Tensor]:
+        embedding = encoded[ENCODED]
+        with torch.no_grad():
+            sparse, dense = forward.embed_prompts(model.prompt_encoder, boxes=image.boxes.to(embedding.device))
+            positions = model.get_image_wide_positional_embeddings()
+        # An embedding for each prompt: with one for all, prompts would lie in another dimension than in the stages.
+        embeddings = embedding.expand(len(sparse), -1, -1, -1)
+        return forward.decode_prompts(model.mask_decoder, embeddings, positions, sparse, dense, multimask_output=False)
 
     def forward(self, model: nn.Module, image: CalibrationImage) -> None:
         with torch.no_grad():
