@@ -26,6 +26,7 @@ ORDER = (
         "reconstruct",
         "methods",
         "pack",
+        "runtime",
         "predict",
         "evaluate",
         "run",
@@ -50,6 +51,10 @@ BACKWARDS = {
     "models/sam/family.py": {"reconstruct"},
     "models/sam2/encoder.py": {"calibrate", "reconstruct"},
     "models/sam2/family.py": {"reconstruct"},
+    # Parts of a model that run on integers as a whole.
+    "models/sam/integers.py": {"runtime"},
+    # carsam.load(runtime=...) gives a model that runs on integers.
+    "pack/checkpoint.py": {"runtime"},
     # What lies in the folder to write is looked at before anything long begins.
     "output/checks.py": {"methods", "models", "pack", "prompts", "run"},
     "output/finished.py": {"methods", "pack", "run"},
@@ -146,6 +151,7 @@ def test_the_rooms_of_the_design_are_there():
         "methods",
         "run",
         "pack",
+        "runtime",
         "predict",
         "evaluate",
         "diagnose",

@@ -129,6 +129,14 @@ class Family(ABC):
         attach_matmul_quantizers(attention, matmul)
         return attention
 
+    def integer_module(self, module: nn.Module) -> nn.Module | None:
+        """The form in which a module whose Linears run on integers does so as a whole; None where there is none.
+
+        Args:
+            module: Any module of a model, its Linears already :class:`carsam.runtime.linear.IntegerLinear`.
+        """
+        return None
+
     def valid_queries(self, stage: nn.Module, inputs: Tensors) -> Tensor | None:
         """Which queries of a stage's attention are of the image and not padding, (windows, queries); None for all.
 

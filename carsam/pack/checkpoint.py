@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from carsam.data.images.normalisation import named_normalisation, normalisation_of, set_normalisation
 from carsam.device import resolve_device
-from carsam.errors import CarsamError, CheckpointError
+from carsam.errors import CarsamError, CheckpointError, ConfigError, DeviceError
 from carsam.models.family import Family, family_of, family_of_type
 from carsam.models.folder import check_image_size, from_folder
 from carsam.models.load import is_hub_id, load_model
@@ -61,7 +61,16 @@ def write_folder(model: PreTrainedModel, folder: Path, recipe: dict[str, Any]) -
     remember(recipe)
 
 
-def load(source: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None) -> PreTrainedModel:
+RUNTIMES = ("torch", "cuda")
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    runtime: str = "torch",
+) -> PreTrainedModel:
     """Loads a packed model.
 
     Args:
@@ -69,15 +78,19 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", revision: st
             id (``owner/name``, ``owner/name@revision``), which works offline when it is in the cache.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         revision: Branch, tag or commit of a Hub id.
+        runtime: ``torch`` computes in float32 with the values that the integers stand for, on any device. ``cuda``
+            multiplies the integers themselves on an NVIDIA GPU (on ``cuda`` unless ``device`` names one), the image
+            encoder in bfloat16 between them; the first pass compiles for about half a minute.
 
     Returns:
-        A model in eval mode, computing in float32 on the integers of the file.
+        A model in eval mode.
 
     Raises:
         CheckpointError: The folder is incomplete, altered, or not a packed model; the Hub does not have it.
-        DeviceError: The device is not there.
+        ConfigError: The runtime is unknown.
+        DeviceError: The device is not there, or not one for the runtime.
     """
-    device = resolve_device(device)
+    device = _device_for(runtime, device)
     folder = packed_folder(source, revision)
     if folder is None:
         folder = _not_packed(source)
@@ -93,7 +106,24 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", revision: st
     if wrong:
         raise CheckpointError(f"{folder} does not hold the tensors that it should, for example {sorted(wrong)[:3]}.")
     set_normalisation(model, normalisation_of(model))
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    if runtime == "cuda":
+        from carsam.runtime.cuda import run_on_integers  # needs this room, and only those who ask for it need it
+
+        run_on_integers(model)
+    return model
+
+
+def _device_for(runtime: str, device: str | torch.device) -> torch.device:
+    """The device of a runtime, checked to be there."""
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"unknown runtime {str(runtime)[:60]!r}; choose from {', '.join(RUNTIMES)}.")
+    if runtime == "cuda" and str(device) == "cpu":
+        device = "cuda"
+    resolved = resolve_device(device)
+    if runtime == "cuda" and resolved.type != "cuda":
+        raise DeviceError(f"runtime cuda needs an NVIDIA GPU, not {resolved}; use runtime torch.")
+    return resolved
 
 
 def open_model(

@@ -82,6 +82,11 @@ class Sam(Family):
             return QuantizedVisionAttention(attention, matmul)
         return super().with_matmul(attention, matmul)
 
+    def integer_module(self, module: nn.Module) -> nn.Module | None:
+        from carsam.models.sam.integers import integer_module  # needs the runtime, which few models are used with
+
+        return integer_module(module)
+
     def valid_queries(self, stage: nn.Module, inputs: Tensors) -> Tensor | None:
         return encoder.valid_queries(stage, *inputs["hidden_states"].shape[1:3])
 
