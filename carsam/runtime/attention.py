@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from carsam.models.attention import MatMulQuantizers
-from carsam.quantizers import ActivationQuantizer, UniformSoftmax
-from carsam.runtime.integers import InputGrid
+from carsam.quantizers import UniformSoftmax
+from carsam.runtime.integers import InputGrid, is_uniform
 
 # Up to so many tokens the kernel quantizes what it loads; beyond, every key would be quantized too many times over.
 RAW_TOKENS = 1024
@@ -86,7 +86,7 @@ def why_not(matmul: MatMulQuantizers) -> str:
     if type(matmul.probs) is not UniformSoftmax:
         return f"its softmax output is on the grid {matmul.probs.grid}"
     operands = [matmul.query, matmul.key, matmul.value, matmul.probs.quantizer]
-    if any(type(operand) is not ActivationQuantizer for operand in operands):
+    if not all(is_uniform(operand) for operand in operands):
         return "an operand is not on one uniform grid"
     return "an operand is in floating point" if any(operand.bits > 8 for operand in operands) else ""
 

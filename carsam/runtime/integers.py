@@ -17,13 +17,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from carsam.quantizers.affine import qmax
 from carsam.quantizers.uniform import ActivationQuantizer
 
 # Codes of so many bits need no correction: code minus zero point fits into a signed byte.
 EXACT_BITS = 7
+
+
+def is_uniform(quantizer: nn.Module) -> bool:
+    """Whether a quantizer has one step and one zero point for the whole tensor."""
+    return isinstance(quantizer, ActivationQuantizer) and quantizer.grid == ActivationQuantizer.grid
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from carsam.errors import ConfigError
 from carsam.pack.bits import pack_codes
 from carsam.pack.layers import PackedLayer
-from carsam.quantizers import ActivationQuantizer, QuantizedLayer
+from carsam.quantizers import QuantizedLayer
 from carsam.runtime.integers import (
     FoldedWeight,
     InputGrid,
     fold,
     gelu_codes_reference,
+    is_uniform,
     linear_reference,
     to_codes,
 )
@@ -215,7 +216,7 @@ def why_not(layer: nn.Module) -> str:
     if isinstance(layer, QuantizedLayer) and layer.codes is None:
         return "its weights are not integers yet"
     quantizer = layer.input_quantizer
-    if type(quantizer) is not ActivationQuantizer:
+    if not is_uniform(quantizer):
         return f"its input is on the grid {quantizer.grid}, which is not one step for the whole tensor"
     if quantizer.bits > 8:
         return "its input is in floating point"
