@@ -2,6 +2,10 @@
 
     python benchmarks/calibration.py                    # embedded model; LiteMedSAM and ViT-B, random weights
     python benchmarks/calibration.py --subjects nano
+    python benchmarks/calibration.py --subjects litemedsam-decoder,litemedsam-whole
+
+The last two take every unit of LiteMedSAM's decoder, and of the whole model, and add up what their loops would take at
+300 steps each: the larger part of a row of evidence (benchmarks/evidence.py).
 
 Each unit goes through the walk's own code (observed ranges, then the optimiser loop under torch's profiler), on random
 images. The share counts the self time of matrix products and convolutions against all operators' self time; Python's
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import dataclass
 
 import options
 import torch
@@ -45,25 +50,60 @@ def random_data(size: int, images: int, prompts: int) -> CalibrationSet:
     return CalibrationSet(tuple(items), 0, "random")
 
 
+# Of every unit, in a row of evidence.
+STEPS = 300
+
+
+@dataclass
+class Spent:
+    """What the loops of some units took, a step of each.
+
+    Attributes:
+        units: How many there are.
+        wall: Wall-clock seconds.
+        products, operators: Seconds of matrix products, and of all operators.
+    """
+
+    units: int = 0
+    wall: float = 0.0
+    products: float = 0.0
+    operators: float = 0.0
+
+
 def share_of_products(profiler: profile) -> tuple[float, float]:
-    """Share of matrix products in the operators' self time, and that time in seconds."""
+    """Seconds of matrix products, and of all operators, by their self time."""
     total = products = 0.0
     for event in profiler.key_averages():
         if event.key.startswith("aten::") or event.key.endswith(("Backward", "Quantize")):
             total += event.self_cpu_time_total
             if event.key.removeprefix("aten::") in PRODUCTS:
                 products += event.self_cpu_time_total
-    return products / total, total / 1e6
+    return products / 1e6, total / 1e6
 
 
-def measure(name: str, model, stages: tuple[int, ...], steps: int, images: int, prompts: int) -> None:
-    """Runs the walk up to the last of some units; their loops are profiled, other units get no step."""
+def measure(name: str, model, stages: tuple[int, ...] | str, steps: int, images: int, prompts: int) -> None:
+    """Runs the walk up to the last of some units; their loops are profiled, other units get no step.
+
+    Args:
+        name: Of the model, for the table.
+        model: What is quantized.
+        stages: Positions of encoder stages to profile, with the decoder's last pair and attention; or ``decoder`` or
+            ``whole`` for all of their units, which are added up in a last row.
+        steps: Profiled steps of a unit.
+        images, prompts: Calibration images and prompts of each.
+    """
     method = create("car-sam", {"reconstruction": {"steps": steps, "decoder_steps": steps}})
     sites = find_sites(model)
     # Some stages of the encoder, and the decoder's last pair and attention.
-    units = [*(sites.encoder_stages[index] for index in stages), *(unit.name for unit in method.units(sites)[-2:])]
+    treated = sites.of_decoder() if stages == "decoder" else sites
+    if isinstance(stages, str):
+        units = [unit.name for unit in method.units(treated)]
+    else:
+        units = [*(sites.encoder_stages[index] for index in stages), *(unit.name for unit in method.units(sites)[-2:])]
+    spent = Spent()
     quantized = copy.deepcopy(model)
-    prepare_model(quantized, sites, QuantizeConfig().bit_plan(), method.quantizer_for, method.softmax_for)
+    plan = QuantizeConfig(decoder_only=stages == "decoder").bit_plan(sites)
+    prepare_model(quantized, sites, plan, method.quantizer_for, method.softmax_for)
     quantized.requires_grad_(False)
     fit_weights(quantized, "min-max")  # what is measured is the loop; the search for grids is not part of it
     data = random_data(sites.family.image_size(model), images, prompts)
@@ -80,34 +120,54 @@ def measure(name: str, model, stages: tuple[int, ...], steps: int, images: int, 
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             losses = optimise(model, unit, data, settings, steps=steps, **optimise_only)
         wall = time.perf_counter() - started
-        share, operators = share_of_products(profiler)
-        outside = 1 - min(1, operators / wall)
-        memory = f"{peak_memory() / 2**30:.1f} GiB"
-        options.row(name, unit.name, f"{steps / wall:.2f}", f"{share:.0%}", memory, f"{outside:.0%}")
+        products, operators = share_of_products(profiler)
+        line(unit.name, f"{steps / wall:.2f}", products, operators, wall)
+        spent.units += 1
+        spent.wall += wall / steps
+        spent.products += products / steps
+        spent.operators += operators / steps
         return losses
 
-    Walk(quantized, model, sites, method, data, "benchmark", RunContext(hooks=Hooks(optimise=profiled))).run()
+    def line(what: str, rate: str, products: float, operators: float, wall: float) -> None:
+        memory = f"{peak_memory() / 2**30:.1f} GiB"
+        outside = 1 - min(1, operators / wall)
+        options.row(name, what, rate, f"{products / operators:.0%}", memory, f"{outside:.0%}")
+
+    Walk(quantized, model, treated, method, data, "benchmark", RunContext(hooks=Hooks(optimise=profiled))).run()
+    if isinstance(stages, str):
+        what = f"all {spent.units} units at {STEPS} steps: {STEPS * spent.wall / 60:.1f} min"
+        line(what, f"{spent.units / spent.wall:.2f}", spent.products, spent.operators, spent.wall)
 
 
 def main() -> None:
     parser = options.parser(__doc__)
-    parser.add_argument("--subjects", default="nano,litemedsam,vit-b", help="nano, litemedsam, vit-b, by commas")
+    parser.add_argument(
+        "--subjects",
+        default="nano,litemedsam,vit-b",
+        help="nano, litemedsam, vit-b, litemedsam-decoder, litemedsam-whole; by commas",
+    )
     parser.add_argument("--steps", type=int, default=30, help="profiled steps of a unit of the embedded model")
     parser.add_argument("--large-steps", type=int, default=3, help="profiled steps of a unit of the larger ones")
     parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=6, help="of an image")
     arguments = options.parse(parser)
     options.head("model", "unit", "steps/s", "matrix products", "peak memory", "outside operators")
-    if "nano" in arguments.subjects:
+    subjects = arguments.subjects.split(",")
+    if "nano" in subjects:
         model = carsam.load_model("embedded/sam-nano-256")
-        measure("nano, 256 px", model, (0, 1), arguments.steps, arguments.images, 6)
-    if "litemedsam" in arguments.subjects:
+        measure("nano, 256 px", model, (0, 1), arguments.steps, arguments.images, arguments.prompts)
+    if "litemedsam" in subjects:
         model = random_tinyvit("litemedsam")
         # Convolutions at full resolution, a merge, attention in windows of 14 and of 7.
-        measure("LiteMedSAM, 256 px", model, (0, 2, 6, 13), arguments.large_steps, arguments.images, 6)
-    if "vit-b" in arguments.subjects:
+        measure("LiteMedSAM, 256 px", model, (0, 2, 6, 13), arguments.large_steps, arguments.images, arguments.prompts)
+    for scope in ("decoder", "whole"):
+        if f"litemedsam-{scope}" in subjects:
+            model = random_tinyvit("litemedsam")
+            measure(f"LiteMedSAM, {scope}", model, scope, arguments.large_steps, arguments.images, arguments.prompts)
+    if "vit-b" in subjects:
         # Two windowed blocks, then a global one: the kinds of block there are.
         model = random_sam("vit-b", blocks=3)
-        measure("ViT-B, 1024 px", model, (0, 2), arguments.large_steps, arguments.images, 6)
+        measure("ViT-B, 1024 px", model, (0, 2), arguments.large_steps, arguments.images, arguments.prompts)
 
 
 if __name__ == "__main__":
