@@ -5,6 +5,7 @@
     python benchmarks/evidence.py run --row RTN=rtn --row "QDrop,_30_steps=qdrop reconstruction.drop=0.3" --steps 30
     python benchmarks/evidence.py unpack rows.jsonl
     python benchmarks/evidence.py table --subject litemedsam --scope decoder --data medical
+    python benchmarks/evidence.py fill docs/RESULTS.md
     python benchmarks/evidence.py bundle --plan decoder --out bundle
 
 A plan lists rows (benchmarks/plans). Each row is quantized by carsam's own pipeline, packed, loaded back and measured
@@ -18,6 +19,8 @@ import argparse
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -29,7 +32,7 @@ from evidence_data import FOLDERS, ROOT, Places
 from evidence_rows import Row, once, read_plan, row_of
 
 from carsam.errors import CarsamError, DataError
-from carsam.reading import read_json
+from carsam.output.files import write_text
 
 RESULTS = ROOT / "docs" / "results"
 # Of a row, what the command line may say of all of them.
@@ -54,7 +57,7 @@ def is_done(row: Row, folder: Path) -> bool:
     path = folder / row.file_name
     if not path.is_file():
         return False
-    kept = Row.from_dict(read_json(path, "delete it, and run the row again")["row"])
+    kept = tables.read_result(path).row
     return kept.key == row.key and set(row.clicks) <= set(kept.clicks) and row.diagnose <= kept.diagnose
 
 
@@ -122,13 +125,38 @@ def unpack(arguments: argparse.Namespace) -> int:
 
 def table(arguments: argparse.Namespace) -> int:
     """Prints tables of what is there."""
-    found = tables.read_results(arguments.results)
-    where = {
-        name: getattr(arguments, name) for name in ("subject", "scope", "data", "bits", "steps", "boxes", "images")
-    }
-    chosen = tables.choose(found, where, labels(arguments))
-    print(tables.KINDS[arguments.kind](chosen, arguments.reference))
+    print(table_text(arguments))
     return 0
+
+
+def table_text(arguments: argparse.Namespace) -> str:
+    """The tables of a command line, in Markdown."""
+    found = tables.read_results(arguments.results)
+    where = {name: getattr(arguments, name) for name in FIELDS}
+    return tables.KINDS[arguments.kind](tables.choose(found, where, labels(arguments)), arguments.reference)
+
+
+def fill(arguments: argparse.Namespace) -> int:
+    """Makes the tables of a document again: those between <!-- evidence table ... --> and <!-- end -->."""
+    for path in arguments.files:
+        write_text(path, filled(path.read_text(encoding="utf-8"), arguments.results))
+    return 0
+
+
+def filled(text: str, results: Path) -> str:
+    """A document with its tables made again, each below the command that prints it.
+
+    Raises:
+        DataError: There is no table for a command in it.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        words = shlex.split(match[1])
+        arguments = parser().parse_args([*words, "--results", str(results)])
+        command = f"    python benchmarks/evidence.py {match[1]}"
+        return f"<!-- evidence {match[1]} -->\n{command}\n\n{table_text(arguments)}\n<!-- end -->"
+
+    return re.sub(r"<!-- evidence (table [^\n]*) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 def labels(arguments: argparse.Namespace) -> dict[str, str]:
@@ -223,6 +251,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("kind", nargs="?", choices=sorted(tables.KINDS), default="scores")
     command.add_argument("--rows", help="labels to show in this order, by ;, each perhaps as NAME=LABEL")
     command.add_argument("--reference", default="CAR-SAM", help="label of the row that the others are compared with")
+
+    command = add("fill", fill)
+    command.add_argument("files", type=Path, nargs="+", help="Markdown")
 
     command = add("bundle", bundle)
     add_rows(command)

@@ -10,7 +10,7 @@ from typing import Any
 
 from evidence_rows import FLOAT, Row
 
-from carsam.errors import DataError
+from carsam.errors import ConfigError, DataError
 from carsam.evaluate.intervals import Difference, averaged, difference_interval
 from carsam.reading import read_json
 from carsam.run.comparison_table import mean_and_spread
@@ -80,16 +80,26 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         DataError: There are none, or one is damaged.
     """
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        content = read_json(path, FIX)
-        try:
-            found.append(Result(Row.from_dict(content["row"]), content, path))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path} is no row of evidence ({error}); {FIX}.") from error
+    found = [read_result(path) for path in sorted(folder.glob("*.json"))]
     if not found:
         raise DataError(f"there are no rows in {folder}; make them with python benchmarks/evidence.py run.")
     return found
+
+
+def read_result(path: Path) -> Result:
+    """One row.
+
+    Raises:
+        DataError: It is damaged, or something else.
+    """
+    content = read_json(path, FIX)
+    missing = [name for name in ("row", "scores", "seconds", "made") if not isinstance(content.get(name), dict)]
+    if missing:
+        raise DataError(f"{path} is no row of evidence: it has no {', '.join(missing)}; {FIX}.")
+    try:
+        return Result(Row.from_dict(content["row"]), content, path)
+    except ConfigError as error:
+        raise DataError(f"{path} is no row of this version: {error} {FIX[0].upper() + FIX[1:]}.") from error
 
 
 def choose(found: Sequence[Result], where: dict[str, Any], labels: Mapping[str, str] | None = None) -> Chosen:

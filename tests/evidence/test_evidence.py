@@ -10,6 +10,7 @@ import pytest
 from evidence_data import Places, split, subset
 from evidence_measure import dice
 from evidence_rows import PLANS, Row, once, read_plan, row_of
+from places import ROOT
 
 from carsam.errors import ConfigError, DataError
 
@@ -195,12 +196,34 @@ def test_tables_average_seeds_and_compare_with_the_reference(tmp_path):
         evidence_tables.clicks_table(evidence_tables.choose(found, {}), "CAR-SAM")
 
 
+def test_a_document_is_filled_below_its_commands(tmp_path):
+    results(tmp_path, made_up("A", [[60.0], [50.0]]), made_up("B, C", [[40.0], [30.0]]))
+    marked = '# T\n\n<!-- evidence table scores --rows "x=B, C; A" --reference A -->\nstale\n<!-- end -->\n\nAfter.\n'
+    text = evidence.filled(marked, tmp_path)
+    assert '    python benchmarks/evidence.py table scores --rows "x=B, C; A" --reference A\n\n| bits | row |' in text
+    assert "| W4A4 | x | 1 | 10.0 | 35.0 |" in text and text.endswith("<!-- end -->\n\nAfter.\n")
+    assert "stale" not in text
+    assert evidence.filled(text, tmp_path) == text
+
+
+def test_the_tables_of_the_results_are_those_of_the_rows():
+    text = (ROOT / "docs" / "RESULTS.md").read_text()
+    assert evidence.filled(text, evidence.RESULTS) == text, "run python benchmarks/evidence.py fill docs/RESULTS.md"
+
+
 def test_two_settings_under_one_label_are_refused(tmp_path):
     found = results(tmp_path, made_up("A", [[60.0], [50.0]]), made_up("A", [[60.0], [51.0]], boxes=6))
     with pytest.raises(DataError, match="other settings: boxes"):
         evidence_tables.choose(found, {})
     chosen = evidence_tables.choose(found, {"boxes": 6})
     assert next(iter(chosen.sections.values()))[1][0].values("mean_iou") == [55.5]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"row": {"label": 3}, "scores": {}, "seconds": {}, "made": {}}'])
+def test_what_is_no_row_is_told_with_its_name(tmp_path, text, capsys):
+    (tmp_path / "x.json").write_text(text)
+    assert evidence.main(["table", "--results", str(tmp_path)]) == 1
+    assert "x.json" in capsys.readouterr().err
 
 
 @pytest.mark.slow

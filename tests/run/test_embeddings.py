@@ -101,9 +101,11 @@ def test_whatever_decides_an_embedding_is_in_its_key(nano, fresh_nano, packed_fo
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads + 1)
         keys.append(key(nano))
-    monkeypatch.setattr("carsam.run.embeddings.FORMAT", 0)
-    keys.append(key(nano))
-    assert len(set(keys)) == len(keys) == 9
+    for name, other in (("versions", lambda: {"torch": "0"}), ("code_fingerprint", lambda **_: "other"), ("FORMAT", 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"carsam.run.embeddings.{name}", other)
+            keys.append(key(nano))
+    assert len(set(keys)) == len(keys) == 11
 
 
 def test_another_normalisation_is_another_embedding(nano, kept):
