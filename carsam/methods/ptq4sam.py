@@ -25,8 +25,8 @@ class Ptq4SamParts(Method):
         softmax: ``log2`` is AGQ.
         extra_code: P with one value more than its bits hold, as public code computes AGQ and LNQ.
         bimodal_integration: BIG on decoder keys.
-        bimodal_rule: Which keys BIG judges, and on what: ``calibration`` or ``published``
-            (:func:`carsam.transform.bimodal.integrate_bimodal_keys`).
+        bimodal_rule: Which keys BIG judges, and on what: ``calibration``, which is ours, or ``published``
+            (:func:`carsam.transform.bimodal.integrate_bimodal_keys`; docs/RESULTS.md, 15, compares them).
     """
 
     softmax: str = "log2"
@@ -44,7 +44,10 @@ class Ptq4SamParts(Method):
 
     @property
     def notes(self) -> str:
-        return super().notes + (" and one code too many" if self.extra_code else "")
+        parts = [super().notes + (" and one code too many" if self.extra_code else "")]
+        if self.bimodal_integration and self.bimodal_rule != "published":
+            parts.append("BIG by all calibration images")
+        return "; ".join(part for part in parts if part)
 
     def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
         if self.extra_code:

@@ -146,11 +146,20 @@ def test_interrupted_and_resumed_it_gives_what_it_would_have_given(name, nano, s
 @pytest.mark.parametrize(
     ("name", "settings", "notes"),
     [
-        ("ptq4sam-s", {"softmax": "uniform"}, ""),
+        ("ptq4sam-s", {"softmax": "uniform"}, "BIG by all calibration images"),
+        ("ptq4sam-s", {"softmax": "uniform", "bimodal_rule": "published"}, ""),
         ("rtn", {"softmax": "log2"}, "P in log2 codes"),
-        ("ahcptq", {"hybrid": False, "softmax": "uniform"}, "projections per group of input channels"),
-        ("ahcptq", {"hybrid": False, "groups": 1}, "P in log2 codes"),
-        ("ptq4sam-l", {"extra_code": True}, "P in log2 codes and one code too many"),
+        (
+            "ahcptq",
+            {"hybrid": False, "softmax": "uniform", "bimodal_rule": "published"},
+            "projections per group of input channels",
+        ),
+        ("ahcptq", {"hybrid": False, "groups": 1, "bimodal_integration": False}, "P in log2 codes"),
+        (
+            "ptq4sam-l",
+            {"extra_code": True, "bimodal_rule": "published"},
+            "P in log2 codes and one code too many",
+        ),
     ],
 )
 def test_notes_follow_the_settings(name, settings, notes):
