@@ -103,6 +103,10 @@ class QuantizedLayer(nn.Module):
             codes = encode(self.weight, scale, zero, self.weight_bits)
         self.set_codes(codes.to(torch.uint8), self.weight_scale, self.weight_zero_point)
 
+    def forget_rounding(self) -> None:
+        """Says that the float weights were changed in place: what they round to is computed anew."""
+        self._nearest = None
+
     @torch.no_grad()
     def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Takes integers (out, ...) uint8 with their grid (out,) as the weights, for good."""

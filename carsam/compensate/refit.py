@@ -1,0 +1,260 @@
+"""The refit applied to a unit: layers in the order of execution, each to what the quantized ones before it give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carsam.calibrate.capture import capture_call
+from carsam.compensate.ridge import LayerMoments, centred, refit, residual, round_with_feedback
+from carsam.errors import ConfigError
+from carsam.quantizers import QuantizedLayer, simulate
+from carsam.quantizers.sampling import odd_step_within
+
+# λ relative to the mean diagonal, from next to none to next to no refit.
+DAMPINGS = (0.001, 0.01, 0.1, 1.0)
+# Every fourth calibration item judges them.
+HELD_OUT = 4
+# Rows of a layer's input that one calibration item gives: they differ far more between images than within one.
+ROWS = 1024
+
+
+@dataclass(frozen=True)
+class RefitSettings:
+    """Settings of the ridge refit.
+
+    Attributes:
+        enabled: Whether it runs.
+        damping: λ relative to the mean diagonal of X̂ᵀX̂; None chooses it for every layer by held-out calibration items.
+        feedback: Round with feedback (GPTQ) where no rounding is learned afterwards.
+        items: Calibration images that it uses, at most.
+    """
+
+    enabled: bool = True
+    damping: float | None = None
+    feedback: bool = True
+    items: int = 32
+
+    def __post_init__(self):
+        if self.damping is not None and self.damping <= 0:
+            raise ConfigError("the damping of the refit must be positive: its equations are singular without it.")
+        if self.items < 1:
+            raise ConfigError("the refit needs at least one image.")
+
+
+@dataclass
+class RefitReport:
+    """What became of one layer.
+
+    Attributes:
+        refitted: Its module path.
+        damping: λ in force, relative; None where every one made held-out items worse: the layer kept its weight.
+        change: ‖W* − W‖ / ‖W‖.
+        error: ‖X W − X̂ W*‖² / ‖X W‖² before and after, weights not rounded.
+        rounded: The same with weights rounded: to nearest before, as they are in the end after.
+    """
+
+    # Ranges of the unit were in force while it was fitted to them; they are not observed again.
+    moves_ranges: ClassVar[bool] = False
+
+    refitted: str
+    damping: float | None
+    change: float
+    error: tuple[float, float]
+    rounded: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes of a unit over calibration items, each through quantized-so-far and float inputs.
+
+    Attributes:
+        quantized, floating: Run the unit up to where a capture stops them, one callable an item.
+    """
+
+    quantized: list[Callable[[], object]]
+    floating: list[Callable[[], object]]
+
+
+def columns(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """What every group of a layer's outputs is computed from, (groups, rows, d): tokens, or patches under a kernel."""
+    if layer.conv is None:
+        return x.flatten(0, -2)[None]
+    settings, kernel = layer.conv, tuple(layer.weight.shape[-2:])
+    unfold = {name: settings[name] for name in ("dilation", "padding", "stride")}
+    patches = F.unfold(x, kernel, **unfold)  # (batch, channels · k · k, places), channels of a group side by side
+    groups = settings["groups"]
+    return patches.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def matrix(layer: QuantizedLayer) -> Tensor:
+    """The weight as (groups, d, out / groups), with the bias as the last row where there is one."""
+    groups = 1 if layer.conv is None else layer.conv["groups"]
+    weight = layer.weight.detach().flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
+    if layer.bias is None:
+        return weight.clone()
+    return torch.cat([weight, layer.bias.detach().view(groups, 1, -1)], dim=1)
+
+
+@torch.no_grad()
+def set_matrix(layer: QuantizedLayer, values: Tensor) -> None:
+    """Puts back what :func:`matrix` gives, with other numbers."""
+    if layer.bias is not None:
+        layer.bias.copy_(values[:, -1].flatten())
+        values = values[:, :-1]
+    layer.weight.copy_(values.transpose(1, 2).flatten(0, 1).view(layer.weight.shape))
+    layer.forget_rounding()
+
+
+@contextmanager
+def originals(kept: dict[QuantizedLayer, Tensor]) -> Iterator[None]:
+    """Gives layers the weights that they had, within the block: the unit computes as the float model does."""
+    changed = {layer: matrix(layer) for layer in kept}
+    for layer, values in kept.items():
+        set_matrix(layer, values)
+    try:
+        yield
+    finally:
+        for layer, values in changed.items():
+            set_matrix(layer, values)
+
+
+class _Gathered:
+    """Moments of one layer on the items that fit and on those that judge."""
+
+    def __init__(self) -> None:
+        self.moments = LayerMoments(), LayerMoments()
+        self.energy: list[Tensor | float] = [0.0, 0.0]
+
+    def update(self, index: int, quantized: Tensor, floating: Tensor) -> None:
+        which = int(index % HELD_OUT == HELD_OUT - 1)
+        self.moments[which].update(quantized, floating)
+        self.energy[which] = self.energy[which] + (floating.transpose(-2, -1) @ floating).double()
+
+    @property
+    def whole(self) -> tuple[LayerMoments, Tensor]:
+        """Of all items."""
+        fit, judge = self.moments
+        if judge.gram is None:
+            return fit, self.energy[0]
+        both = LayerMoments(fit.gram + judge.gram, fit.cross + judge.cross, fit.count + judge.count)
+        return both, self.energy[0] + self.energy[1]
+
+
+@torch.no_grad()
+def refit_layers(
+    model: nn.Module,
+    names: list[str],
+    passes: Passes,
+    settings: RefitSettings,
+    *,
+    feedback: bool,
+    weight_observer: str = "mse",
+    turn: Callable[[str, QuantizedLayer], None] = lambda *_: None,
+) -> list[RefitReport]:
+    """Fits layers again, one after the other, each to inputs that the ones before it give as they are now.
+
+    Args:
+        model: The model being quantized, ranges of the layers set, their weights in floating point.
+        names: Module paths of the layers in the order of execution.
+        passes: The unit over calibration items.
+        settings: Of the refit.
+        feedback: Round with feedback afterwards: the weights are then values of their grids.
+        weight_observer: For the grids that are fitted again to the new weights.
+        turn: Told of each layer before its inputs are gathered.
+
+    Returns:
+        One report a layer.
+    """
+    kept: dict[QuantizedLayer, Tensor] = {}
+    reports = []
+    for name in names:
+        layer: QuantizedLayer = model.get_submodule(name)
+        turn(name, layer)
+        gathered = _gather(layer, passes, kept, settings.items)
+        kept[layer] = matrix(layer)
+        reports.append(_refit_layer(name, layer, gathered, settings, feedback, weight_observer))
+    return reports
+
+
+def _gather(layer: QuantizedLayer, passes: Passes, kept: dict[QuantizedLayer, Tensor], items: int) -> _Gathered:
+    """Moments of a layer's inputs, quantized-so-far and float."""
+    gathered, ones = _Gathered(), layer.bias is not None
+    for index, (quantized, floating) in enumerate(list(zip(passes.quantized, passes.floating))[:items]):
+        with simulate(weights=True, activations=True, drop=0.0):
+            args, _ = capture_call(layer, quantized)
+            rounded = columns(layer, layer.input_quantizer(args[0]))
+        with originals(kept), simulate(weights=False, activations=False):
+            args, _ = capture_call(layer, floating)
+            exact = columns(layer, args[0])
+        step = odd_step_within(exact.shape[1], ROWS)
+        rows = (rounded[:, ::step], exact[:, ::step])
+        gathered.update(index, *(F.pad(each, (0, 1), value=1.0) if ones else each for each in rows))
+    return gathered
+
+
+def _refit_layer(
+    name: str,
+    layer: QuantizedLayer,
+    gathered: _Gathered,
+    settings: RefitSettings,
+    feedback: bool,
+    weight_observer: str,
+) -> RefitReport:
+    ones, weight = layer.bias is not None, matrix(layer).double()
+    moments, energy = gathered.whole
+
+    def rounded_error() -> float:
+        with simulate(weights=True):
+            simulated = layer.simulated_weight()
+        found = matrix(layer).double()
+        inputs = simulated.flatten(1).unflatten(0, (len(found), -1)).transpose(1, 2)
+        found[:, : inputs.shape[1]] = inputs
+        return residual(weight, found, moments, energy).item()
+
+    before = residual(weight, weight, moments, energy).item(), rounded_error()
+    damping = settings.damping if settings.damping is not None else _choose(weight, gathered, ones)
+    fitted = weight
+    if damping is not None:
+        fitted = refit(weight, moments, relative_damping=damping, ones=ones)
+        set_matrix(layer, fitted)
+        layer.fit_weight(weight_observer)
+    after = residual(weight, fitted, moments, energy).item()
+    if feedback and layer.weight_bits < 16:
+        set_matrix(layer, _rounded(layer, fitted, moments, ones))
+    change = ((fitted - weight).norm() / weight.norm().clamp(min=1e-30)).item()
+    return RefitReport(name, damping, change, (before[0], after), (before[1], rounded_error()))
+
+
+def _choose(weight: Tensor, gathered: _Gathered, ones: bool) -> float | None:
+    """The damping with the least error on items that it was not fitted to; None where no refit is better."""
+    fit, judge = gathered.moments
+    if judge.gram is None:
+        return DAMPINGS[-1]  # too few items to judge: hold on to the weight
+    energy = gathered.energy[1]
+    best, least = None, residual(weight, weight, judge, energy).item()
+    for damping in DAMPINGS:
+        error = residual(weight, refit(weight, fit, relative_damping=damping, ones=ones), judge, energy).item()
+        if error < least:
+            best, least = damping, error
+    return best
+
+
+def _rounded(layer: QuantizedLayer, fitted: Tensor, moments: LayerMoments, ones: bool) -> Tensor:
+    """The fitted matrix with its weights on their grids, rounded with feedback, and the bias that follows."""
+    groups = len(fitted)
+    scale, zero = (each.double().view(groups, -1) for each in (layer.weight_scale, layer.weight_zero_point))
+    weight = fitted[:, :-1] if ones else fitted
+    gram = centred(moments.gram) if ones else moments.gram
+    codes = round_with_feedback(weight, gram, scale, zero, layer.weight_bits)
+    values = (codes - zero[:, None]) * scale[:, None]
+    if not ones:
+        return values
+    mean = moments.gram[:, -1:, :-1] / moments.gram[:, -1:, -1:]
+    return torch.cat([values, fitted[:, -1:] + mean @ (weight - values)], dim=1)

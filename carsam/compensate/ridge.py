@@ -1,0 +1,161 @@
+"""A layer fitted again to its quantized input, in closed form (METHOD.md, 9). Pure functions of tensors.
+
+X̂ are the layer's quantized inputs in the model quantized so far, X its inputs in the float model, rows of both samples;
+a column of ones makes the bias the last row of W. Minimise over W*
+
+    ‖ X W − X̂ W* ‖² + λ ‖ W* − W ‖²        W* = W + (X̂ᵀX̂ + λI)⁻¹ X̂ᵀ(X − X̂) W                                    (1)
+
+With X = the layer's own input before its quantizer this is ERQ's refit (ICML 2024); with X from the float model errors
+from upstream are met as well, which is GPTAQ's asymmetric form (arXiv 2504.02692). λ holds W* to W and not to zero:
+along directions that calibration does not show, the layer stays what it is.
+
+Rounding W* to integers then adds ‖ X̂ (W* − Ŵ) ‖², whatever W* fitted: the rest is orthogonal to X̂ (but for λ).
+:func:`round_with_feedback` makes that small as GPTQ does (arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from carsam.errors import ConfigError
+from carsam.quantizers.affine import decode, encode
+
+# Rows of a weight whose rounding errors are handed on one by one before they reach the other rows at once.
+BLOCK = 128
+
+
+@dataclass
+class LayerMoments:
+    """Second moments of a layer's inputs, gathered sample by sample, in float64.
+
+    Attributes:
+        gram: Σ X̂ᵀX̂, (groups, d, d).
+        cross: Σ X̂ᵀX, likewise.
+        count: Number of rows.
+    """
+
+    gram: Tensor | None = None
+    cross: Tensor | None = None
+    count: int = 0
+
+    def update(self, quantized: Tensor, floating: Tensor) -> None:
+        """Adds rows of samples.
+
+        Args:
+            quantized: X̂, (groups, rows, d): what each group of the layer's outputs is computed from.
+            floating: X, likewise.
+        """
+        transposed = quantized.transpose(-2, -1)
+        gram, cross = (transposed @ quantized).double(), (transposed @ floating).double()
+        self.gram = gram if self.gram is None else self.gram + gram
+        self.cross = cross if self.cross is None else self.cross + cross
+        self.count += quantized.shape[1]
+
+
+def ridge(moments: LayerMoments, relative: float, *, ones: bool) -> Tensor:
+    """λ of every row of W, (groups, d): relative · mean diagonal; next to none for the row of the bias.
+
+    The mean error of the outputs is known well from any calibration set, so nothing need hold the bias back.
+    """
+    if relative <= 0:
+        raise ConfigError("the damping of the refit must be positive: its equations are singular without it.")
+    diagonal = moments.gram.diagonal(dim1=-2, dim2=-1)
+    inputs = diagonal[:, :-1] if ones else diagonal
+    lam = (relative * inputs.mean(-1, keepdim=True)).clamp(min=1e-12).expand_as(diagonal).clone()
+    if ones:
+        lam[:, -1] = 1e-9 * diagonal[:, -1]
+    return lam
+
+
+def refit(weight: Tensor, moments: LayerMoments, *, relative_damping: float = 0.01, ones: bool = True) -> Tensor:
+    """W* of (1).
+
+    Args:
+        weight: W, (groups, d, out).
+        moments: Gathered on calibration data.
+        relative_damping: λ relative to the mean diagonal of X̂ᵀX̂.
+        ones: The last column of the inputs is one, the last row of W the bias.
+
+    Returns:
+        Of the shape of ``weight``, float64.
+
+    Raises:
+        ConfigError: The damping is not positive.
+    """
+    if moments.gram is None:
+        raise RuntimeError("no sample was gathered for the refit")
+    weight = weight.double()
+    lam = ridge(moments, relative_damping, ones=ones)
+    right = (moments.cross - moments.gram) @ weight
+    return weight + torch.linalg.solve(moments.gram + torch.diag_embed(lam), right)
+
+
+def residual(weight: Tensor, fitted: Tensor, moments: LayerMoments, energy: Tensor) -> Tensor:
+    """‖X W − X̂ W*‖² / ‖X W‖² over all groups, from the moments alone.
+
+    Args:
+        weight, fitted: W and W*, (groups, d, out).
+        moments: Of the layer's inputs.
+        energy: Σ XᵀX, (groups, d, d).
+    """
+    weight, fitted = weight.double(), fitted.double()
+    want = (weight * (energy @ weight)).sum()
+    mixed = (fitted * (moments.cross @ weight)).sum()
+    got = (fitted * (moments.gram @ fitted)).sum()
+    return ((want - 2 * mixed + got) / want.clamp(min=1e-30)).clamp(min=0)
+
+
+def centred(gram: Tensor) -> Tensor:
+    """The moments of d inputs around their mean, (groups, d, d), from those with a column of ones.
+
+    It is what rounding W must respect where the bias takes up what moves all outputs alike.
+    """
+    sums, count = gram[:, :-1, -1], gram[:, -1:, -1]
+    return gram[:, :-1, :-1] - sums[:, :, None] * sums[:, None, :] / count[:, :, None]
+
+
+def round_with_feedback(
+    weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, relative_damping: float = 0.01
+) -> Tensor:
+    """Codes of a weight with small ‖X̂ (W − Ŵ)‖²: rows are rounded one after the other, and what a row's rounding does
+    to the outputs is handed on to the rows that are not rounded yet (GPTQ, arXiv 2210.17323, algorithm 1).
+
+    Rows of the largest inputs come first: what comes last has nothing left to hand its error to.
+
+    Args:
+        weight: W, (groups, d, out).
+        gram: X̂ᵀX̂, (groups, d, d).
+        scale, zero_point: Of every output channel, (groups, out).
+        bits: Bits of a code.
+        relative_damping: What is added to the diagonal of the gram, relative to its mean.
+
+    Returns:
+        Codes (groups, d, out), whole numbers in float64.
+    """
+    weight, gram = weight.double().clone(), gram.double().clone()
+    scale, zero_point = scale.double(), zero_point.double()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    # An input that is always zero says nothing of its row, which rounds to nearest.
+    lam = (relative_damping * diagonal.mean(-1, keepdim=True)).clamp(min=1e-12)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    gram = gram + torch.diag_embed(lam.expand_as(diagonal))
+    gram = gram.gather(1, order[..., None].expand_as(gram)).gather(2, order[:, None].expand_as(gram))
+    weight = weight.gather(1, order[..., None].expand_as(weight))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    codes = torch.empty_like(weight)
+    size = weight.shape[1]
+    for begin in range(0, size, BLOCK):
+        end = min(begin + BLOCK, size)
+        errors = torch.zeros_like(weight[:, begin:end])
+        for row in range(begin, end):
+            code = encode(weight[:, row], scale, zero_point, bits)
+            codes[:, row] = code
+            error = (weight[:, row] - decode(code, scale, zero_point)) / upper[:, row, row, None]
+            weight[:, row:end] -= upper[:, row, row:end, None] * error[:, None]
+            errors[:, row - begin] = error
+        weight[:, end:] -= upper[:, begin:end, end:].transpose(-2, -1) @ errors
+    return torch.empty_like(codes).scatter_(1, order[..., None].expand_as(codes), codes)

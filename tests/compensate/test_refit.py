@@ -1,0 +1,127 @@
+"""The refit of a unit's layers: convolutions as products, errors on held-out items, weights on their grids."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from carsam.calibrate.observers import RangeRecorder
+from carsam.compensate.refit import Passes, RefitSettings, columns, matrix, originals, refit_layers, set_matrix
+from carsam.errors import ConfigError
+from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
+
+
+def drawn(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 999), st.sampled_from([1, 2, 4]), st.sampled_from([1, 3]), st.integers(1, 2), st.booleans())
+def test_a_convolution_is_the_product_of_its_columns_and_its_matrix(seed, groups, kernel, stride, bias):
+    source = nn.Conv2d(4, 8, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
+    layer = QuantizedLayer(source, 16, ActivationQuantizer(16))
+    x = torch.randn(2, 4, 6, 5, generator=drawn(seed))
+    inputs = columns(layer, x)
+    if bias:
+        inputs = torch.nn.functional.pad(inputs, (0, 1), value=1.0)
+    product = inputs @ matrix(layer)  # (groups, batch · places, out / groups)
+    expected = layer(x).flatten(2).unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5)
+    before = layer.weight.clone()
+    set_matrix(layer, matrix(layer))
+    assert torch.equal(layer.weight, before)
+
+
+class Two(nn.Module):
+    """A convolution and a Linear, the unit of these tests."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.linear(torch.relu(self.conv(x)).permute(0, 2, 3, 1))
+
+
+@pytest.fixture
+def case(request):
+    """The float unit, the same being quantized to 3 bits (weights: what is asked for), and 24 items for both."""
+    weight_bits = getattr(request, "param", 3)
+    torch.manual_seed(0)
+    reference = Two().requires_grad_(False)
+    model = copy.deepcopy(reference)
+    for name in ("conv", "linear"):
+        setattr(model, name, QuantizedLayer(getattr(model, name), weight_bits, ActivationQuantizer(3)))
+    # Channels that go together, as a network's do: one makes up for what the grid does to another.
+    mixing = torch.randn(3, 3) * torch.tensor([0.2, 1.0, 3.0])
+    items = [1 + torch.einsum("oc,bchw->bohw", mixing, torch.randn(1, 3, 8, 8, generator=drawn(i))) for i in range(24)]
+    recorder = RangeRecorder([model])
+    with recorder.recording():
+        for item in items:
+            model(item)
+    recorder.apply("mse")
+    for layer in (model.conv, model.linear):
+        layer.fit_weight()
+    return reference, model, items
+
+
+def passes(model, items):
+    runs = [lambda item=item: model(item) for item in items]
+    return Passes(runs, runs)
+
+
+def error(reference, model, items):
+    with torch.no_grad(), simulate(weights=True, activations=True):
+        return sum((model(item) - reference(item)).square().sum().item() for item in items)
+
+
+@pytest.mark.parametrize(("case", "feedback"), [(8, False), (3, True)], indirect=["case"])
+def test_errors_fall_also_on_items_that_it_has_not_seen(case, feedback):
+    reference, model, items = case
+    before = error(reference, model, items[16:])
+    reports = refit_layers(model, ["conv", "linear"], passes(model, items[:16]), RefitSettings(), feedback=feedback)
+    assert error(reference, model, items[16:]) < 0.8 * before
+    assert [report.refitted for report in reports] == ["conv", "linear"] and reports[0].damping is not None
+    for report in reports:
+        # The second layer may have nothing to win: None then, and the same error.
+        assert report.error[1] < report.error[0] or report.damping is None
+        assert (report.rounded[1] < report.rounded[0]) or not feedback
+    if not feedback:
+        return
+    for layer in (model.conv, model.linear):
+        rounded = layer.weight.clone()
+        layer.freeze()
+        torch.testing.assert_close(layer.weight, rounded, rtol=1e-5, atol=1e-6)
+        assert layer.codes.max() <= 7
+
+
+def test_float_passes_see_the_original_weights(case):
+    reference, model, items = case
+    kept = {model.conv: matrix(model.conv)}
+    changed = matrix(model.conv) * 2
+    set_matrix(model.conv, changed)
+    with originals(kept):
+        torch.testing.assert_close(model(items[0]), reference(items[0]), rtol=1e-5, atol=1e-6)
+    assert torch.equal(matrix(model.conv), changed)
+
+
+def test_what_makes_held_out_items_worse_is_left_alone(case):
+    _, model, items = case
+    for layer in (model.conv, model.linear):
+        layer.input_quantizer = ActivationQuantizer(16)  # nothing to compensate
+    before = [matrix(layer) for layer in (model.conv, model.linear)]
+    reports = refit_layers(model, ["conv"], passes(model, items), RefitSettings(), feedback=False)
+    assert reports[0].damping is None and reports[0].change == 0
+    assert torch.equal(matrix(model.conv), before[0])
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match="positive"):
+        RefitSettings(damping=0.0)
+    with pytest.raises(ConfigError, match="image"):
+        RefitSettings(items=0)
