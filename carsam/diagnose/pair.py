@@ -26,6 +26,7 @@ from carsam.pack.source import packed_folder
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ActivationQuantizer, UniformSoftmax
 from carsam.reading import read_yaml
+from carsam.run.quantization import chosen_softmax
 from carsam.run.walk import fit_weights, quantized_layers
 
 _FIX = "get the folder again"
@@ -181,11 +182,13 @@ def round_to_nearest(
         ``simulate(activations=True)``.
     """
     method, sites = pair.method, pair.sites
-    rounded, base = copy.deepcopy(pair.source), pair.reference
-    if type(method).transform is not Method.transform:
-        method.transform(rounded, sites.of_decoder() if pair.decoder_only else sites, data)
+    rounded, base, plan, softmax = copy.deepcopy(pair.source), pair.reference, layout_plan(pair.packed, sites), {}
+    if type(method).transform is not Method.transform or type(method).choose is not Method.choose:
+        treated = sites.of_decoder() if pair.decoder_only else sites
+        method.transform(rounded, treated, data)
+        softmax = method.choose(rounded, treated, data, plan).softmax
         base = float_form(copy.deepcopy(rounded), sites)
-    prepare_model(rounded, sites, layout_plan(pair.packed, sites), method.quantizer_for, method.softmax_for)
+    prepare_model(rounded, sites, plan, method.quantizer_for, chosen_softmax(softmax, method))
     rounded.to(pair.device).eval().requires_grad_(False)
     fit_weights(rounded, method.weight_observer)
     calibrate(rounded, data, method.activation_observer, progress=progress)

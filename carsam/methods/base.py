@@ -8,6 +8,7 @@ hook               decides                                                defaul
 quantizer_for      the quantizer of an activation site                    uniform, per tensor
 softmax_for        the quantizer of a softmax output                      ``softmax`` setting
 transform          changes to the float model before anything else        none
+choose             changes that depend on bits, grids of softmax outputs  none
 units              what is reconstructed, in execution order              none (nearest rounding)
 prepare_unit       changes to a unit when its turn comes                  none
 =================  =====================================================  ==========================
@@ -22,6 +23,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from carsam.bits.plan import BitPlan
 from carsam.errors import ConfigError
 from carsam.models.sites import Sites
 from carsam.plugins import named_subclasses
@@ -32,6 +34,7 @@ from carsam.quantizers.softmax_uniform import RANGES as SOFTMAX_RANGES
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.units import Unit
 from carsam.settings import build
+from carsam.transform.choice import Choices
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,13 @@ class Method:
     def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
         """Changes the float model in place before it is quantized; returns reports, plain mappings."""
         return []
+
+    def choose(self, model: nn.Module, sites: Sites, data: CalibrationSet, plan: BitPlan) -> Choices:
+        """Chooses by measuring on calibration images: what is folded into the float model, in place, and grids of P.
+
+        Called after :meth:`transform`. An attention whose grid is not chosen gets that of :meth:`softmax_for`.
+        """
+        return Choices()
 
     def units(self, sites: Sites) -> list[Unit]:
         """Units in execution order, covering every site; none means nearest rounding with observed ranges."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from carsam.data.images.normalisation import Normalisation, normalisation_of, se
 from carsam.errors import CheckpointError
 from carsam.methods.base import Method
 from carsam.models.load import load_model
-from carsam.models.prepare import prepare_model
+from carsam.models.prepare import MakeSoftmax, prepare_model
 from carsam.models.sites import Sites
 from carsam.output.checks import base_ingredients
 from carsam.pack.layers import PackedLayer
 from carsam.prompts.calibration import CalibrationSet
-from carsam.quantizers import QuantizedLayer
+from carsam.quantizers import QuantizedLayer, SoftmaxQuantizer, softmax_grids
 from carsam.run.context import RunContext
 from carsam.run.store import fingerprint
 from carsam.run.walk import Walk, WalkReport, fit_weights, quantized_layers
@@ -103,6 +104,17 @@ def reference_model(
     return reference.requires_grad_(False).eval().float().to(device)
 
 
+def chosen_softmax(chosen: Mapping[str, str], method: Method) -> MakeSoftmax:
+    """Makes the quantizer of a softmax output: of the grid chosen for its attention, else the method's."""
+    grids = softmax_grids()
+
+    def softmax(site: str, bits: int) -> SoftmaxQuantizer:
+        grid = chosen.get(site.removesuffix(".probs"))
+        return grids[grid](bits) if grid is not None else method.softmax_for(site, bits)
+
+    return softmax
+
+
 def to_integers(
     reference: PreTrainedModel, sites: Sites, run: Run, data: CalibrationSet, context: RunContext
 ) -> tuple[PreTrainedModel, WalkReport]:
@@ -123,8 +135,9 @@ def to_integers(
     with stages("weight grids"):
         with hooks.work("transform"):
             transforms = method.transform(reference, treated, data)
+            choices = method.choose(reference, treated, data, plan)
         model = copy.deepcopy(reference)
-        prepare_model(model, sites, plan, method.quantizer_for, method.softmax_for)
+        prepare_model(model, sites, plan, method.quantizer_for, chosen_softmax(choices.softmax, method))
         model.to(context.device).requires_grad_(False)
         with hooks.work("fit weights"):
             fit_weights(model, method.weight_observer)
@@ -134,7 +147,8 @@ def to_integers(
     if units:
         bits = [plan.weight_bits(site.name) for site in sites.layers]
         bits += [plan.activation_bits(name) for name in sites.activation_names]
-        base_key = fingerprint(base_ingredients(reference, data, context.seed, context.device), bits)
+        decided = [bits, choices.softmax] if choices.softmax else [bits]
+        base_key = fingerprint(base_ingredients(reference, data, context.seed, context.device), *decided)
         with stages("units", len(units)):
             report = Walk(model, reference, treated, method, data, base_key, context).run()
     else:
@@ -149,6 +163,6 @@ def to_integers(
             calibrate(model, data, method.activation_observer, progress=advance)
             for layer in quantized_layers([model]):
                 layer.freeze()
-    report.transforms = transforms
+    report.transforms = transforms + choices.reports
     assert all(m.codes is not None or m.weight_bits >= 16 for m in model.modules() if isinstance(m, QuantizedLayer))
     return model, report

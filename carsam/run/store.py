@@ -25,6 +25,7 @@ from torch import nn
 
 from carsam.compensate.acnr import AcnrReport
 from carsam.compensate.mac import MacReport
+from carsam.compensate.refit import RefitReport
 from carsam.data.images.transforms import preprocessor_config
 from carsam.errors import CarsamError
 from carsam.methods.base import registry
@@ -254,8 +255,10 @@ def unit_report(values: dict[str, Any]) -> UnitReport:
     return UnitReport(**{**values, "losses": [tuple(point) for point in values["losses"]]})
 
 
-def compensation_report(values: dict[str, Any]) -> MacReport | AcnrReport:
+def compensation_report(values: dict[str, Any]) -> MacReport | AcnrReport | RefitReport:
     """A compensation's report from JSON."""
+    if "refitted" in values:
+        return RefitReport(**{**values, "error": tuple(values["error"]), "rounded": tuple(values["rounded"])})
     if "layer" in values:
         return AcnrReport(**{**values, "condition": tuple(values["condition"]), "error": tuple(values["error"])})
     return MacReport(**{**values, "scores": tuple(values["scores"]), "output": tuple(values["output"])})

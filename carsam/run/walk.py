@@ -19,6 +19,7 @@ from carsam.calibrate.cache import ActivationCache, cached, variances
 from carsam.calibrate.observers import RangeRecorder
 from carsam.compensate.acnr import AcnrReport
 from carsam.compensate.mac import MacReport
+from carsam.compensate.refit import RefitReport
 from carsam.methods.base import Method
 from carsam.models.family import DECODER, ENCODED, Part, Stage, Tensors
 from carsam.models.forward import encode_image
@@ -41,7 +42,7 @@ class WalkReport:
     """Reports of all units, compensations and transforms, in order."""
 
     units: list[UnitReport] = field(default_factory=list)
-    compensations: list[MacReport | AcnrReport] = field(default_factory=list)
+    compensations: list[MacReport | AcnrReport | RefitReport] = field(default_factory=list)
     transforms: list[dict[str, Any]] = field(default_factory=list)
     masks: MaskReport | None = None
 
@@ -227,12 +228,12 @@ class Walk:
 
     def _quantize_unit(
         self, unit: Unit, data: UnitData, steps: int, progress: Callable[[int], None]
-    ) -> tuple[UnitReport, list[MacReport | AcnrReport]]:
+    ) -> tuple[UnitReport, list[MacReport | AcnrReport | RefitReport]]:
         """Ranges, preparation, reconstruction of one unit; its weights are integers afterwards."""
         method, device = self.method, self.device
         self._observe(unit, data)
         mac = method.prepare_unit(self.model, unit, data, self.sites, device)
-        if mac:
+        if any(getattr(each, "moves_ranges", True) for each in mac):
             self._observe(unit, data)  # what follows a changed attention sees other values
         report = UnitReport(unit.name, before=relative_errors(self.model, unit, data, device))
         settings = method.reconstruction_for(unit)

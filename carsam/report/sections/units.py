@@ -44,8 +44,8 @@ def section(source: Source) -> Section:
         "chart": _depth_chart(shown) if shown else None,
         "better": sum(1 for unit in shown if _better(unit["mean_before"], unit["mean_after"])),
         "transforms": _transforms(transforms, source.names) if transforms else None,
-        "compensations": [_compensation(entry) for entry in compensations if "layer" not in entry],
-        "conditions": [_condition(entry) for entry in compensations if "layer" in entry],
+        "compensations": [_compensation(entry) for entry in compensations if "attention" in entry],
+        "conditions": [_condition(entry) for entry in compensations if "condition" in entry],
     }
     return Section("units", "Reconstruction", view)
 

@@ -1,0 +1,212 @@
+"""CAR-SAM+: CAR-SAM's bits and granularity, with what costs nothing at run time (docs/BEYOND.md)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from carsam.bits.plan import BitPlan
+from carsam.compensate.mac import OFF, MacReport, MacSettings
+from carsam.compensate.refit import Passes, RefitReport, RefitSettings, refit_layers
+from carsam.errors import ConfigError
+from carsam.methods.car_sam import CarSam
+from carsam.models.sites import ResidualStream, Sites
+from carsam.prompts.calibration import CalibrationSet
+from carsam.quantizers import SoftmaxQuantizer, UniformSoftmax, softmax_grids
+from carsam.reconstruct.layerwise import execution_order
+from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
+from carsam.reconstruct.units import Unit, run_unit
+from carsam.transform.choice import FOLDINGS, Choices, choose_foldings
+from carsam.transform.norm_choice import choose_norms
+from carsam.transform.operands import Refused
+from carsam.transform.rotation import keeping_ones, randomised_hadamard, rotate_residual
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EquivalenceSettings:
+    """What may be folded into the float model's weights; the model computes the same afterwards.
+
+    Attributes:
+        foldings: Tried at every attention, in this order; each is kept where it lowers the error of the attention's
+            output on held-out calibration images.
+        softmax: Grids of softmax outputs to choose among for every attention; the first is the one to beat.
+        smoothing: Strengths to try for the channels of a norm that one Linear alone reads; none tries nothing.
+        shift: Try to move those channels to the middle of their range as well.
+        rotation: Rotate the residual stream of the image encoder.
+        images: Calibration images that choices are made on; every third of them judges.
+        strict: Refuse the whole run where a family's table forbids an equivalence. Otherwise it is left out there, with
+            the reason in a warning and in the reports.
+    """
+
+    foldings: tuple[str, ...] = ("centre values", "centre keys", "balance")
+    softmax: tuple[str, ...] = ("uniform", "row-max", "log2")
+    smoothing: tuple[float, ...] = (0.35, 0.5, 0.65, 0.8)
+    shift: bool = True
+    rotation: bool = False
+    images: int = 9
+    strict: bool = False
+
+    def __post_init__(self):
+        for name, values, known in (("folding", self.foldings, FOLDINGS), ("softmax", self.softmax, softmax_grids())):
+            for value in values:
+                if value not in known:
+                    raise ConfigError(f"unknown {name} {value!r}; choose from {', '.join(known)}.")
+        if not self.softmax:
+            raise ConfigError("at least one grid of softmax outputs must be left to choose from.")
+        if not all(0 <= strength <= 1 for strength in self.smoothing):
+            raise ConfigError(f"strengths of the smoothing must lie in 0 to 1, not {list(self.smoothing)}.")
+        if self.images < 1:
+            raise ConfigError("equivalences need at least one image.")
+
+
+def _reconstruction() -> ReconstructionSettings:
+    return ReconstructionSettings(steps=300, decoder_steps=300, drop_probs=False, scale_rate=1e-2)
+
+
+@dataclass(frozen=True)
+class CarSamPlus(CarSam):
+    """CAR-SAM with equivalences, grids of P chosen by the attention's output, and the refit of every layer.
+
+    Attributes:
+        equivalences: What may be folded into weights.
+        refit: Of every layer to its quantized input, and rounding with feedback where nothing is learned.
+        learn: Learn rounding and steps; False rounds with feedback instead.
+        reconstruction: Settings of the optimiser loop.
+        mac: Settings of MAC; off, since the refit answers the same errors and those from upstream as well.
+    """
+
+    name: ClassVar[str] = "car-sam-plus"
+    summary: ClassVar[str] = "CAR-SAM with equivalences, chosen grids of P and the refit of layers"
+
+    reconstruction: ReconstructionSettings = field(default_factory=_reconstruction)
+    mac: MacSettings = OFF
+    equivalences: EquivalenceSettings = field(default_factory=EquivalenceSettings)
+    refit: RefitSettings = field(default_factory=RefitSettings)
+    learn: bool = True
+
+    @property
+    def notes(self) -> str:
+        """Grids of P that may be chosen and are not uniform."""
+        noted = [note for name in self.equivalences.softmax if (note := softmax_grids()[name].note)]
+        if not noted:
+            return ""
+        every = len(noted) == len(self.equivalences.softmax)
+        return f"P in {' or '.join(noted if every else ('uniform codes', *noted))}"
+
+    def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
+        """The rotation of the encoder's stream: it needs neither ranges nor bits."""
+        if not self.equivalences.rotation:
+            return []
+        try:
+            width = _stream_width(model, sites)
+            turned = randomised_hadamard(width - 1, torch.Generator().manual_seed(0))
+            rotate_residual(model, sites, keeping_ones(turned))
+        except Refused as refusal:
+            if self.equivalences.strict:
+                raise
+            logger.warning("%s It is left out.", refusal)
+            return [{"transform": "rotation", "refused": str(refusal)}]
+        return [{"transform": "rotation", "channels": width}]
+
+    def choose(self, model: nn.Module, sites: Sites, data: CalibrationSet, plan: BitPlan) -> Choices:
+        """Norms, then attentions: each keeps what lowers its error on images that its ranges were not set on."""
+        settings, reports = self.equivalences, []
+        if settings.smoothing or settings.shift:
+            reports = choose_norms(
+                model,
+                sites,
+                data,
+                plan,
+                strengths=settings.smoothing,
+                shift=settings.shift,
+                observer=self.activation_observer,
+                weight_observer=self.weight_observer,
+                images=settings.images,
+                strict=settings.strict,
+            )
+        choices = choose_foldings(
+            model,
+            sites,
+            data,
+            plan,
+            foldings=settings.foldings,
+            grids=settings.softmax,
+            softmax=self._softmax,
+            observer=self.activation_observer,
+            images=settings.images,
+            strict=settings.strict,
+        )
+        reports += choices.reports
+        for report in reports:
+            if "refused" in report:
+                logger.warning("%s It is left out.", report["refused"])
+        return replace(choices, reports=reports)
+
+    def _softmax(self, grid: str, _site: str, bits: int) -> SoftmaxQuantizer:
+        if grid == UniformSoftmax.grid:
+            return UniformSoftmax(bits, range_by=self.softmax_range)
+        return softmax_grids()[grid](bits)
+
+    def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
+        return self._softmax(self.equivalences.softmax[0], site, bits)
+
+    def reconstruction_for(self, unit: Unit) -> ReconstructionSettings | None:
+        return self.reconstruction if self.learn else None
+
+    def prepare_unit(
+        self, model: nn.Module, unit: Unit, data: UnitData, sites: Sites, device: torch.device
+    ) -> list[MacReport | RefitReport]:
+        """MAC where it is on, then the refit of every layer in the order of execution."""
+        reports: list[MacReport | RefitReport] = list(super().prepare_unit(model, unit, data, sites, device))
+        if not self.refit.enabled:
+            return reports
+
+        def runs(of: Any) -> list[Any]:
+            return [
+                lambda index=index: run_unit(model, unit, of.get(index, device))
+                for index in range(min(len(of), self.refit.items))
+            ]
+
+        passes = Passes(runs(data.quantized), runs(data.floating))
+        names = execution_order(model, unit, passes.floating[0])
+        feedback = self.refit.feedback and not self.learn
+        return reports + refit_layers(
+            model, names, passes, self.refit, feedback=feedback, weight_observer=self.weight_observer
+        )
+
+    def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
+        settings = super().unit_settings(unit, sites) if self.learn else self._unlearned(unit, sites)
+        # Equivalences and grids are part of the model that the units are made from.
+        if self.refit.enabled:
+            settings["refit"] = asdict(self.refit)
+        return settings
+
+    def _unlearned(self, unit: Unit, sites: Sites) -> dict[str, Any]:
+        settings = super().unit_settings(unit, sites)
+        settings["reconstruction"] = None
+        return settings
+
+
+def _stream_width(model: nn.Module, sites: Sites) -> int:
+    """Channels of the image encoder's stream.
+
+    Raises:
+        Refused: The family has none that may be turned.
+    """
+    if not isinstance(sites.residual, ResidualStream):
+        rotate_residual(model, sites, torch.eye(1))  # says why
+    return model.get_submodule(sites.residual.readers[0]).weight.shape[1]
+
+
+# What --preset sets; the method's own settings are those of "balanced".
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"learn": False},
+    "balanced": {},
+    "best": {"reconstruction": {"steps": 1000, "decoder_steps": 1000}},
+}

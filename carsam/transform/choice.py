@@ -1,0 +1,279 @@
+"""Which equivalences and which grid of P serve an attention best, by the error of its output on held-out images.
+
+No folding is best everywhere. Centred values lose nothing where a row of P rounds to zero, but where one image differs
+from the next in its mean, the mean of all is not the middle of any. So each attention is tried alone, with quantized
+inputs of its two MatMuls, and keeps what has the least error on calibration images that its ranges were not set on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from carsam.bits.plan import BitPlan, Bits
+from carsam.calibrate.observers import RangeRecorder
+from carsam.models.prepare import prepare_model
+from carsam.models.sites import OPERANDS, AttentionSite, Sites
+from carsam.prompts.calibration import CalibrationSet
+from carsam.quantizers import ActivationQuantizer, SoftmaxQuantizer, simulate
+from carsam.quantizers.sampling import step_for
+from carsam.transform import attention_equivalences as equivalences
+from carsam.transform.operands import Refused, operand
+from carsam.transform.rotation import hadamard
+from carsam.transform.statistics import ChannelStatistics, operand_statistics
+
+# Every third image judges what the others set ranges on.
+JUDGES = 3
+# A folding must lower the error by this share: what is about as good is left out.
+LEAST_GAIN = 0.02
+# Prompts and windows of an image that a trial is made with: they differ less than images do.
+PROMPTS, WINDOWS = 2, 4
+
+Folding = Callable[[nn.Module, AttentionSite, Mapping[str, ChannelStatistics]], None]
+
+
+def fold_keys(model: nn.Module, site: AttentionSite, found: Mapping[str, ChannelStatistics]) -> None:
+    """Centres the keys at their mean over the calibration set."""
+    equivalences.centre_keys(model, site, found["key"].mean)
+
+
+def fold_values(model: nn.Module, site: AttentionSite, found: Mapping[str, ChannelStatistics]) -> None:
+    """Centres the values at their mean."""
+    equivalences.centre_values(model, site, found["value"].mean)
+
+
+def fold_balance(model: nn.Module, site: AttentionSite, found: Mapping[str, ChannelStatistics]) -> None:
+    """Balances Q against K."""
+    heads = operand(model, site, "query").heads
+    factor = equivalences.balance(found["query"], found["key"], heads, shared=bool(site.positions))
+    equivalences.scale_query_key(model, site, factor)
+
+
+def fold_even_values(model: nn.Module, site: AttentionSite, found: Mapping[str, ChannelStatistics]) -> None:
+    """Gives the channels of V one spread."""
+    heads = operand(model, site, "value").heads
+    equivalences.scale_value_output(model, site, equivalences.even_values(found["value"], True, heads))
+
+
+def fold_hadamard(model: nn.Module, site: AttentionSite, found: Mapping[str, ChannelStatistics]) -> None:
+    """Turns Q with K, and V with the output projection, by a Hadamard matrix."""
+    part = operand(model, site, "query")
+    equivalences.map_query_key(model, site, hadamard(part.head_dim).expand(part.heads, -1, -1))
+    part = operand(model, site, "value")
+    equivalences.map_value_output(model, site, hadamard(part.head_dim).expand(part.heads, -1, -1))
+
+
+# In the order in which they are tried; each is kept on top of those before it where it helps.
+FOLDINGS: dict[str, Folding] = {
+    "centre values": fold_values,
+    "centre keys": fold_keys,
+    "balance": fold_balance,
+    "even values": fold_even_values,
+    "hadamard": fold_hadamard,
+}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was chosen for a model's attentions.
+
+    Attributes:
+        softmax: Grid of the softmax output by attention.
+        reports: One mapping an attention, and one for every folding that was refused.
+    """
+
+    softmax: dict[str, str] = field(default_factory=dict)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class _Calls:
+    """Inputs of an attention, one call an image."""
+
+    fit: list[tuple[tuple, dict]] = field(default_factory=list)
+    judge: list[tuple[tuple, dict]] = field(default_factory=list)
+
+
+def island(path: str, module: nn.Module) -> nn.Module:
+    """A model that holds one module at its path and nothing else."""
+    root = node = nn.Module()
+    *parents, name = path.split(".")
+    for parent in parents:
+        child = nn.Module()
+        node.add_module(parent, child)
+        node = child
+    node.add_module(name, module)
+    return root
+
+
+def _cut(value: Any, *, windows: int) -> Any:
+    """Some windows or prompts of a tensor, evenly spaced; anything else as it is."""
+    if not isinstance(value, Tensor) or value.dim() <= 2:
+        return value
+    return value[:: step_for(len(value), windows)][:windows].clone()
+
+
+def _capture(model: nn.Module, sites: Sites, data: CalibrationSet, images: int) -> dict[str, _Calls]:
+    """Calls of every attention, from one pass of the float model."""
+    calls = {site.name: _Calls() for site in sites.attentions}
+    judging = False
+
+    def see(site: AttentionSite, args: tuple, kwargs: dict) -> None:
+        windows = PROMPTS if site.coupled else WINDOWS
+        kept = tuple(_cut(a, windows=windows) for a in args), {k: _cut(v, windows=windows) for k, v in kwargs.items()}
+        (calls[site.name].judge if judging else calls[site.name].fit).append(kept)
+
+    handles = [
+        model.get_submodule(site.name).register_forward_pre_hook(
+            lambda _module, args, kwargs, site=site: see(site, args, kwargs), with_kwargs=True
+        )
+        for site in sites.attentions
+    ]
+    try:
+        for index, image in enumerate(data.images[:images]):
+            judging = index % JUDGES == JUDGES - 1
+            sites.family.forward(model, replace(image, boxes=image.boxes[:PROMPTS]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+class _Trial:
+    """One attention alone: the error of its output with quantized inputs of its MatMuls."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        site: AttentionSite,
+        sites: Sites,
+        plan: BitPlan,
+        calls: _Calls,
+        softmax: Callable[[str, str, int], SoftmaxQuantizer],
+        observer: str,
+    ):
+        self._layers = tuple(layer for layer in sites.layers if layer.name.startswith(site.name + "."))
+        self._sites = replace(sites, layers=self._layers, attentions=(site,), readers=())
+        self._site, self._calls, self._softmax, self._observer = site, calls, softmax, observer
+        # Weights and the layers' inputs stay in floating point: foldings are for Q, K, V and P.
+        bits = {which: plan.activation_bits(site.operand(which)) for which in OPERANDS}
+        self._plan = BitPlan(Bits(16, 16), tuple((site.operand(w), Bits(16, b)) for w, b in bits.items()))
+        self.quantizes = min(bits.values()) < 16
+        self._targets = [self._run(model.get_submodule(site.name), call) for call in calls.judge]
+
+    @staticmethod
+    def _run(module: nn.Module, call: tuple[tuple, dict]) -> Tensor:
+        result = module(*call[0], **call[1])
+        return result if isinstance(result, Tensor) else result[0]
+
+    def error(self, module: nn.Module, grid: str) -> float:
+        """Σ (output − float output)² over the judges' images, of a float attention quantized with a grid of P."""
+        model = island(self._site.name, copy.deepcopy(module))
+        prepare_model(
+            model,
+            self._sites,
+            self._plan,
+            lambda _site, bits, _role: ActivationQuantizer(bits),
+            lambda site, bits: self._softmax(grid, site, bits),
+        )
+        attention = model.get_submodule(self._site.name)
+        recorder = RangeRecorder([attention])
+        with recorder.recording(), simulate(weights=False, activations=False):
+            for call in self._calls.fit:
+                self._run(attention, call)
+        recorder.apply(self._observer)
+        with simulate(weights=False, activations=True, drop=0.0):
+            outputs = [self._run(attention, call) for call in self._calls.judge]
+        return sum((out - target).square().sum().item() for out, target in zip(outputs, self._targets))
+
+
+@torch.no_grad()
+def choose_foldings(
+    model: nn.Module,
+    sites: Sites,
+    data: CalibrationSet,
+    plan: BitPlan,
+    *,
+    foldings: Sequence[str],
+    grids: Sequence[str],
+    softmax: Callable[[str, str, int], SoftmaxQuantizer],
+    observer: str = "mse",
+    images: int = 9,
+    strict: bool = False,
+) -> Choices:
+    """Chooses for every attention, and folds what was chosen into the model's weights.
+
+    Args:
+        model: Float model; changed in place to one that computes the same.
+        sites: The sites to treat.
+        data: Calibration images; the first of them are used.
+        plan: Bits: what stays in floating point is left alone.
+        foldings: Names from :data:`FOLDINGS` to try, in their order there.
+        grids: Grids of softmax outputs to try; the first is the one to beat.
+        softmax: Makes a quantizer from a grid's name, the site's name and bits.
+        observer: Of the ranges.
+        images: Calibration images to use.
+        strict: Raise where an equivalence is refused, instead of noting it.
+
+    Returns:
+        The grids by attention, and what happened.
+
+    Raises:
+        Refused: With ``strict``.
+    """
+    choices = Choices()
+    statistics = operand_statistics(model, sites, data, sites.attentions, images)
+    calls = _capture(model, sites, data, images)
+    if len(data.images[:images]) < JUDGES:
+        for each in calls.values():
+            each.judge = each.fit
+    for site in sites.attentions:
+        trial = _Trial(model, site, sites, plan, calls.pop(site.name), softmax, observer)
+        if not trial.quantizes:
+            continue
+        module = model.get_submodule(site.name)
+        found = {which: statistics[site.operand(which)] for which in OPERANDS[:3]}
+        errors = {grid: trial.error(module, grid) for grid in grids}
+        first = errors[grids[0]]
+        grid, kept = min(errors, key=errors.get), []
+        best = errors[grid]
+        for name in (name for name in FOLDINGS if name in foldings):
+            attempt = copy.deepcopy(module)
+            try:
+                # Each reads what those before it leave as it was: means before centring, spreads before scales.
+                FOLDINGS[name](island(site.name, attempt), site, found)
+            except Refused as refusal:
+                if strict:
+                    raise
+                choices.reports.append({"transform": name, "attention": site.name, "refused": str(refusal)})
+                continue
+            error = trial.error(attempt, grid)
+            if error < (1 - LEAST_GAIN) * best:
+                best = error
+                kept.append(name)
+                _take(module, attempt)
+        for other in grids:
+            if kept and other != grid and (error := trial.error(module, other)) < best:
+                best, grid = error, other
+        choices.softmax[site.name] = grid
+        choices.reports.append(
+            {
+                "transform": "foldings",
+                "attention": site.name,
+                "kept": ", ".join(kept) or "none",
+                "softmax": grid,
+                "error": best / max(first, 1e-30),
+            }
+        )
+    return choices
+
+
+def _take(module: nn.Module, source: nn.Module) -> None:
+    """Copies all parameters: the module stays the model's own."""
+    for mine, other in zip(module.parameters(), source.parameters()):
+        mine.copy_(other)
