@@ -59,6 +59,8 @@ class QuantizeConfig:
         normalise: ``imagenet``, ``unit`` or ``min-max`` instead of the model's own normalisation of pixels.
         image_size: Side of the input in pixels, for a checkpoint that does not show it (see :func:`carsam.load_model`).
         decoder_only: Leave the image encoder in floating point: all of its sites have 16 bits.
+        budget: Mean bits (``4.0bits``) or size of the weights' file (``6MB``): bits of 3 to 8 are then chosen for every
+            site, ``bits`` and ``overrides`` say only what stays in floating point.
     """
 
     method: str = "car-sam"
@@ -69,6 +71,7 @@ class QuantizeConfig:
     normalise: str | None = None
     image_size: int | None = None
     decoder_only: bool = False
+    budget: str | None = None
 
     def bit_plan(self, sites: Sites | None = None) -> BitPlan:
         """The parsed bits.

@@ -59,6 +59,19 @@ class Budget:
         return f"{self.bits:g}bits" if self.bits is not None else f"{self.size / 1e6:g}MB"
 
 
+def check_budget(budget: Budget) -> None:
+    """Refuses what no model could meet, before anything is measured.
+
+    Raises:
+        BudgetError: With the nearest budget that can be met.
+    """
+    if budget.bits is not None and budget.bits < MIXED_BITS[0]:
+        raise BudgetError(
+            f"a mean of {budget.bits:g} bits cannot be met: the bits that are mixed are {MIXED_BITS[0]} to "
+            f"{MIXED_BITS[-1]}. The nearest budget that can be met is {MIXED_BITS[0]}bits."
+        )
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A site whose bits are to be chosen.

@@ -79,6 +79,25 @@ def quantize(
             rich_help_panel=_METHOD,
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4.0bits|6MB",
+            help="Choose 3 to 8 bits for every site: mean bits, or the size of the weights' file.",
+            show_default=False,
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fast|balanced|best",
+            help="Of car-sam-plus: nothing learned, its default, or three times the steps.",
+            show_default=False,
+            autocompletion=complete_from("fast", "balanced", "best"),
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     decoder_only: Annotated[
         bool,
         typer.Option(
@@ -190,6 +209,8 @@ def quantize(
             normalise=normalise,
             image_size=image_size,
             decoder_only=decoder_only,
+            budget=budget,
+            preset=preset,
         )
         if not config.calibration.images:
             raise ConfigError("calibration images are missing; name their folder with --data.")

@@ -13,6 +13,8 @@ from carsam.errors import ConfigError
 if TYPE_CHECKING:
     from carsam.config import QuantizeConfig
 
+# The method whose settings presets are.
+PRESET_METHOD = "car-sam-plus"
 # What a saved recipe says about its run and not about the next one.
 RUN_KEYS = ("carsam_version", "model", "calibration_fingerprint")
 # PyYAML reads 1e-3 as text, for want of a dot.
@@ -80,6 +82,21 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
     return parsed
 
 
+def preset_settings(preset: str | None) -> dict[str, Any]:
+    """Method settings of a preset; none without one.
+
+    Raises:
+        ConfigError: There is no such preset.
+    """
+    if preset is None:
+        return {}
+    from carsam.methods.car_sam_plus import PRESETS
+
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}.")
+    return PRESETS[preset]
+
+
 def shortcut_settings(
     method: str, *, steps: int | None, no_mac: bool, no_jcar: bool, granularity: str | None
 ) -> dict[str, Any]:
@@ -135,6 +152,8 @@ def quantize_config(
     normalise: str | None = None,
     image_size: int | None = None,
     decoder_only: bool = False,
+    budget: str | None = None,
+    preset: str | None = None,
     **calibration: Any,
 ) -> QuantizeConfig:
     """The configuration of a quantization: defaults, over them the recipe, over it the flags that were given.
@@ -147,11 +166,14 @@ def quantize_config(
         steps, no_mac, no_jcar, granularity: Flags for single method settings.
         normalise, image_size: Given flags, None where not given.
         decoder_only: Leave the image encoder in floating point; otherwise the recipe says it.
+        budget: Given flag, None where not given.
+        preset: Name of a preset, whose settings the other flags override; None where not given.
         **calibration: Fields of ``CalibrationConfig``, None where not given.
 
     Raises:
         ConfigError: Anything unknown or out of range.
     """
+    from carsam.bits.allocation import Budget, check_budget
     from carsam.config import QuantizeConfig
     from carsam.data.images.normalisation import named_normalisation
     from carsam.methods.base import create
@@ -161,6 +183,13 @@ def quantize_config(
         if not isinstance(values.setdefault(key, {}), dict):
             raise ConfigError(f"{key!r} in the recipe {recipe} must be a mapping.")
     default = QuantizeConfig().method
+    chosen = preset_settings(preset)
+    if preset is not None:
+        if method not in (None, PRESET_METHOD):
+            raise ConfigError(
+                f"--preset {preset} is one of {PRESET_METHOD}; leave out --method {method}, or the preset."
+            )
+        method = PRESET_METHOD
     if method is not None and method != values.get("method", default):
         values["settings"] = {}  # they belong to the recipe's method
     if method is not None:
@@ -176,7 +205,9 @@ def quantize_config(
     flags = shortcut_settings(
         values.get("method", default), steps=steps, no_mac=no_mac, no_jcar=no_jcar, granularity=granularity
     )
-    values["settings"] = _merge(_merge(values["settings"], flags), parse_assignments(settings))
+    values["settings"] = _merge(_merge(_merge(values["settings"], chosen), flags), parse_assignments(settings))
+    if budget is not None:
+        values["budget"] = budget
     given = parse_overrides(overrides)
     # The last match wins, so a flag that repeats the recipe's pattern must also come last.
     values["overrides"] = {key: value for key, value in values["overrides"].items() if key not in given} | given
@@ -189,6 +220,8 @@ def quantize_config(
         # Now, and not after minutes of loading and reading: every mistake in settings and bits.
         create(config.method, config.settings)
         config.bit_plan()
+        if config.budget is not None:
+            check_budget(Budget.parse(config.budget))
         if config.normalise is not None:
             named_normalisation(config.normalise)
     except ConfigError as error:

@@ -44,6 +44,7 @@ def ingredients(
         "method": config.method,
         "bits": config.bits,
         "bits for sites": dict(config.overrides),
+        "budget": config.budget,
         "decoder only": config.decoder_only,
         **{f"setting {name}": value for name, value in _flat(method.to_dict()).items()},
         "carsam": __version__,

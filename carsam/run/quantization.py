@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from carsam.bits.allocation import Budget
 from carsam.bits.plan import BitPlan
 from carsam.calibrate.ranges import calibrate
 from carsam.config import QuantizeConfig
@@ -24,6 +25,7 @@ from carsam.output.checks import base_ingredients
 from carsam.pack.layers import PackedLayer
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import QuantizedLayer, SoftmaxQuantizer, softmax_grids
+from carsam.run.allocation import plan_for_budget
 from carsam.run.context import RunContext
 from carsam.run.store import fingerprint
 from carsam.run.walk import Walk, WalkReport, fit_weights, quantized_layers
@@ -136,8 +138,15 @@ def to_integers(
         with hooks.work("transform"):
             transforms = method.transform(reference, treated, data)
             choices = method.choose(reference, treated, data, plan)
+        softmax = chosen_softmax(choices.softmax, method)
+        if run.config.budget is not None:
+            plan, allocation = plan_for_budget(
+                Budget.parse(run.config.budget), reference, sites, plan, method, data, softmax, stages.advance
+            )
+            choices.reports.append(allocation)
+            run.plan = plan
         model = copy.deepcopy(reference)
-        prepare_model(model, sites, plan, method.quantizer_for, chosen_softmax(choices.softmax, method))
+        prepare_model(model, sites, plan, method.quantizer_for, softmax)
         model.to(context.device).requires_grad_(False)
         with hooks.work("fit weights"):
             fit_weights(model, method.weight_observer)

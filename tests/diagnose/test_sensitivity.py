@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from carsam.calibrate.site_errors import parts_by_stage, swapped
 from carsam.diagnose.measures import RelativeError
 from carsam.diagnose.pair import round_to_nearest
-from carsam.diagnose.sensitivity import parts_by_stage, sensitivity, swapped
+from carsam.diagnose.sensitivity import sensitivity
 from carsam.predict.predictor import predict_logits
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import simulate
@@ -43,7 +44,7 @@ def test_sites_alone(models, pair, samples, nano, monkeypatch):
         found = parts_by_stage(model, sites)
         return {stage: [part for part in parts if part.site in chosen] for stage, parts in found.items()}
 
-    monkeypatch.setattr("carsam.diagnose.sensitivity.parts_by_stage", some)
+    monkeypatch.setattr("carsam.calibrate.site_errors.parts_by_stage", some)
     before = copy.deepcopy(base.state_dict())
     done = []
     sample = samples[0]

@@ -1,0 +1,227 @@
+"""From a budget to the bits of every site: errors of sites alone on held-out calibration images, then the search."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from carsam.bits.allocation import (
+    MIXED_BITS,
+    Allocation,
+    Budget,
+    BudgetError,
+    Candidate,
+    allocate,
+    check_budget,
+    interpolated,
+)
+from carsam.bits.plan import BitPlan, Bits
+from carsam.calibrate.ranges import calibrate
+from carsam.calibrate.site_errors import SiteErrors, every_part, relative_error
+from carsam.methods.base import Method
+from carsam.models.prepare import MakeSoftmax, prepare_model
+from carsam.models.sites import Sites
+from carsam.pack.bits import packed_size
+from carsam.prompts.calibration import CalibrationSet
+from carsam.quantizers import ActivationQuantizer, UniformSoftmax, simulate
+from carsam.run.walk import fit_weights
+
+# Bits at which every site is tried; those between and beyond follow from them.
+MEASURED = (3, 4, 6)
+# Images that judge, and that set ranges: each judge costs a pass for every site and number of bits.
+JUDGES, RANGES = 2, 8
+# What the header of a safetensors file says of a tensor, and the scale and zero point of an output channel, in bytes.
+HEADER, PER_CHANNEL = 120, 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the search needs to know of a model.
+
+    Attributes:
+        weights, activations: Sites with their errors by bits.
+        overhead: Bytes of the weights' file beside the codes.
+    """
+
+    weights: list[Candidate]
+    activations: list[Candidate]
+    overhead: int
+
+
+def plan_for_budget(
+    budget: Budget,
+    reference: nn.Module,
+    sites: Sites,
+    plan: BitPlan,
+    method: Method,
+    data: CalibrationSet,
+    softmax: MakeSoftmax,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> tuple[BitPlan, dict[str, Any]]:
+    """The plan with the least summed error that a budget allows.
+
+    Args:
+        budget: Mean bits: of weights, and of activations weighed by their number of elements. Or the size of the
+            weights' file: then activations keep the mean of the given plan's default.
+        reference: Float model, as it will be quantized.
+        sites: All of its sites.
+        plan: What the bits would be without a budget; what it leaves in floating point stays there.
+        method: Gives grids and observers.
+        data: Calibration images: the last few judge, others set ranges.
+        softmax: Makes quantizers of softmax outputs.
+        progress: Called as ``progress(done, total)``.
+
+    Returns:
+        The plan, and a report of it.
+
+    Raises:
+        BudgetError: No plan meets the budget; the message names the nearest that one does.
+    """
+    check_budget(budget)
+    measured = measure(reference, sites, plan, method, data, softmax, progress)
+    weights, activations = _search(budget, measured, plan)
+    found: dict[str, Bits] = {}
+    for site in sites.layers:  # a layer's path names its weights and its input
+        if site.name in weights.bits or site.input in activations.bits:
+            of_weights = weights.bits.get(site.name, plan.weight_bits(site.name))
+            found[site.name] = Bits(of_weights, activations.bits.get(site.input, plan.activation_bits(site.input)))
+    inputs = {site.input for site in sites.layers}
+    found |= {name: Bits(16, bits) for name, bits in activations.bits.items() if name not in inputs}
+    report = {
+        "transform": "allocation",
+        "budget": str(budget),
+        "weights": _shown(weights),
+        "activations": _shown(activations),
+        "bytes": measured.overhead + sum(packed_size(c.size, weights.bits[c.name]) for c in measured.weights),
+    }
+    return replace(plan, overrides=(*plan.overrides, *found.items())), report
+
+
+def _search(budget: Budget, measured: Measured, plan: BitPlan) -> tuple[Allocation, Allocation]:
+    """Bits of weights and of activations."""
+    totals = [sum(each.size for each in kind) for kind in (measured.weights, measured.activations)]
+    mean = budget.bits if budget.bits is not None else float(min(plan.default.activations, MIXED_BITS[-1]))
+    activations = allocate(measured.activations, int(mean * totals[1] + 1e-6))
+    if budget.size is None:
+        return allocate(measured.weights, int(budget.bits * totals[0] + 1e-6)), activations
+    least = measured.overhead + sum(packed_size(each.size, MIXED_BITS[0]) for each in measured.weights)
+    if budget.size < least:
+        raise BudgetError(
+            f"{budget} cannot be met: with {MIXED_BITS[0]} bits for every weight the file has {least / 1e6:.2f} MB, of "
+            f"which {measured.overhead / 1e6:.2f} MB are not weights that are quantized. The nearest budget that can "
+            f"be met is {_up(least)}MB."
+        )
+    # Every layer's codes end in a whole byte.
+    spare = 8 * (budget.size - measured.overhead - len(measured.weights))
+    return allocate(measured.weights, max(spare, MIXED_BITS[0] * totals[0])), activations
+
+
+def _up(size: int) -> str:
+    """Megabytes, rounded up to hundredths."""
+    return f"{-(-size // 10_000) / 100:g}"
+
+
+def _shown(allocation: Allocation) -> str:
+    counts = Counter(allocation.bits.values())
+    return f"mean {allocation.mean_bits:.3f}: " + ", ".join(f"{counts[b]} with {b}" for b in sorted(counts))
+
+
+@torch.no_grad()
+def measure(
+    reference: nn.Module,
+    sites: Sites,
+    plan: BitPlan,
+    method: Method,
+    data: CalibrationSet,
+    softmax: MakeSoftmax,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Measured:
+    """Error of the mask logits with each site alone rounded to nearest, at :data:`MEASURED` bits.
+
+    Args as for :func:`plan_for_budget`.
+    """
+    judges = data.images[-JUDGES:] if len(data.images) > JUDGES else data.images
+    others = data.images[: max(1, len(data.images) - JUDGES)][:RANGES]
+    base = _prepared(reference, sites, BitPlan(Bits(16, 16)), lambda _s, bits, _r: ActivationQuantizer(bits), _float)
+    sizes = _sizes(base, sites, judges[:1])
+    errors = SiteErrors(base, sites, judges)
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for turn, bits in enumerate(MEASURED):
+        tried = replace(plan, default=Bits(bits, bits), overrides=())
+        rounded = _prepared(reference, sites, tried, method.quantizer_for, softmax)
+        fit_weights(rounded, method.weight_observer)
+        calibrate(rounded, CalibrationSet(tuple(others), 0, ""), method.activation_observer)
+
+        def advance(done: int, total: int, turn: int = turn) -> None:
+            progress(turn * total + done, len(MEASURED) * total)
+
+        # A layer's attribute is its rounded weight.
+        for layer in (rounded.get_submodule(site.name) for site in sites.layers):
+            layer.freeze()
+        for part, logits in every_part(rounded, sites, errors, advance):
+            found.setdefault((part.kind, part.site), {})[bits] = relative_error(logits, errors.targets)
+
+    def candidates(kind: str) -> list[Candidate]:
+        return [Candidate(name, sizes[name], interpolated(e)) for (k, name), e in found.items() if k == kind]
+
+    weights = candidates("weight")
+    return Measured(weights, candidates("activation"), _overhead(reference, sites, {each.name for each in weights}))
+
+
+def _float(_site: str, _bits: int) -> UniformSoftmax:
+    return UniformSoftmax(16)
+
+
+def _prepared(
+    reference: nn.Module, sites: Sites, plan: BitPlan, quantizer: Callable[..., nn.Module], softmax: MakeSoftmax
+) -> nn.Module:
+    model = copy.deepcopy(reference)
+    prepare_model(model, sites, plan, quantizer, softmax)
+    return model.to(next(reference.parameters()).device).eval().requires_grad_(False)
+
+
+def _sizes(base: nn.Module, sites: Sites, images: Any) -> dict[str, int]:
+    """Weights of every layer, and elements of every activation site in a pass over one image with its prompts."""
+    sizes = {site.name: base.get_submodule(site.name).weight.numel() for site in sites.layers}
+    handles = []
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            sizes[name] = sizes.get(name, 0) + out.numel()
+
+        return hook
+
+    quantizers: Mapping[str, nn.Module] = {
+        **{site.input: base.get_submodule(site.name).input_quantizer for site in sites.layers},
+        **{
+            site.operand(which): getattr(base.get_submodule(site.name).matmul, which)
+            for site in sites.attentions
+            for which in ("query", "key", "value", "probs")
+        },
+    }
+    for name, module in quantizers.items():
+        handles.append(module.register_forward_hook(count(name)))
+    try:
+        with simulate(activations=False):
+            for image in images:
+                sites.family.forward(base, image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes
+
+
+def _overhead(reference: nn.Module, sites: Sites, quantized: set[str]) -> int:
+    """Bytes of the file beside the codes: what stays in half precision, scales, and the header."""
+    state = reference.state_dict()
+    codes = sum(state[f"{name}.weight"].numel() for name in quantized)
+    channels = sum(len(state[f"{name}.weight"]) for name in quantized)
+    halves = sum(value.numel() for value in state.values()) - codes
+    tensors = len(state) + 2 * len(quantized) + 2 * len(sites.activation_names)
+    return 2 * halves + PER_CHANNEL * channels + HEADER * tensors
