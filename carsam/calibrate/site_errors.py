@@ -107,6 +107,8 @@ class SiteErrors:
         """Low-resolution mask logits (P, h, w) over the image, without its padding."""
         batches = sample.boxes.split(PROMPTS_PER_BATCH)
         low_res = torch.cat([predict_logits(self._base, embedding, boxes=boxes)[0][:, 0] for boxes in batches])
+        if sample.geometry is None:
+            return low_res
         side = family_of(self._base).image_size(self._base)
         height, width = (max(1, round(size / side * low_res.shape[-1])) for size in sample.geometry.input_size)
         return low_res[:, :height, :width]

@@ -28,6 +28,7 @@ METHODS = (
     "ahcq-sam",
     "brecq",
     "car-sam",
+    "car-sam-plus",
     "ptq4sam-l",
     "ptq4sam-s",
     "qdrop",

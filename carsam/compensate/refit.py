@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carsam.calibrate.capture import capture_call
-from carsam.compensate.ridge import LayerMoments, centred, refit, residual, round_with_feedback
+from carsam.compensate.ridge import LayerMoments, Objective, centred, refit, round_with_feedback
 from carsam.errors import ConfigError
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.quantizers.sampling import odd_step_within
 
 # λ relative to the mean diagonal, from next to none to next to no refit.
-DAMPINGS = (0.001, 0.01, 0.1, 1.0)
+DAMPINGS = (0.01, 0.1, 1.0)
 # Every fourth calibration item judges them.
 HELD_OUT = 4
 # Rows of a layer's input that one calibration item gives: they differ far more between images than within one.
@@ -125,28 +125,6 @@ def originals(kept: dict[QuantizedLayer, Tensor]) -> Iterator[None]:
             set_matrix(layer, values)
 
 
-class _Gathered:
-    """Moments of one layer on the items that fit and on those that judge."""
-
-    def __init__(self) -> None:
-        self.moments = LayerMoments(), LayerMoments()
-        self.energy: list[Tensor | float] = [0.0, 0.0]
-
-    def update(self, index: int, quantized: Tensor, floating: Tensor) -> None:
-        which = int(index % HELD_OUT == HELD_OUT - 1)
-        self.moments[which].update(quantized, floating)
-        self.energy[which] = self.energy[which] + (floating.transpose(-2, -1) @ floating).double()
-
-    @property
-    def whole(self) -> tuple[LayerMoments, Tensor]:
-        """Of all items."""
-        fit, judge = self.moments
-        if judge.gram is None:
-            return fit, self.energy[0]
-        both = LayerMoments(fit.gram + judge.gram, fit.cross + judge.cross, fit.count + judge.count)
-        return both, self.energy[0] + self.energy[1]
-
-
 @torch.no_grad()
 def refit_layers(
     model: nn.Module,
@@ -183,9 +161,11 @@ def refit_layers(
     return reports
 
 
-def _gather(layer: QuantizedLayer, passes: Passes, kept: dict[QuantizedLayer, Tensor], items: int) -> _Gathered:
-    """Moments of a layer's inputs, quantized-so-far and float."""
-    gathered, ones = _Gathered(), layer.bias is not None
+def _gather(
+    layer: QuantizedLayer, passes: Passes, kept: dict[QuantizedLayer, Tensor], items: int
+) -> tuple[LayerMoments, LayerMoments]:
+    """Moments of a layer's inputs on the items that it is fitted to, and on those that judge."""
+    fit, judge, ones = LayerMoments(), LayerMoments(), layer.bias is not None
     for index, (quantized, floating) in enumerate(list(zip(passes.quantized, passes.floating))[:items]):
         with simulate(weights=True, activations=True, drop=0.0):
             args, _ = capture_call(layer, quantized)
@@ -195,20 +175,22 @@ def _gather(layer: QuantizedLayer, passes: Passes, kept: dict[QuantizedLayer, Te
             exact = columns(layer, args[0])
         step = odd_step_within(exact.shape[1], ROWS)
         rows = (rounded[:, ::step], exact[:, ::step])
-        gathered.update(index, *(F.pad(each, (0, 1), value=1.0) if ones else each for each in rows))
-    return gathered
+        into = judge if index % HELD_OUT == HELD_OUT - 1 else fit
+        into.update(*(F.pad(each, (0, 1), value=1.0) if ones else each for each in rows))
+    return fit, judge
 
 
 def _refit_layer(
     name: str,
     layer: QuantizedLayer,
-    gathered: _Gathered,
+    gathered: tuple[LayerMoments, LayerMoments],
     settings: RefitSettings,
     feedback: bool,
     weight_observer: str,
 ) -> RefitReport:
     ones, weight = layer.bias is not None, matrix(layer).double()
-    moments, energy = gathered.whole
+    moments = gathered[0] + gathered[1]
+    objective = Objective(weight, moments)
 
     def rounded_error() -> float:
         with simulate(weights=True):
@@ -216,31 +198,30 @@ def _refit_layer(
         found = matrix(layer).double()
         inputs = simulated.flatten(1).unflatten(0, (len(found), -1)).transpose(1, 2)
         found[:, : inputs.shape[1]] = inputs
-        return residual(weight, found, moments, energy).item()
+        return objective.error(found)
 
-    before = residual(weight, weight, moments, energy).item(), rounded_error()
-    damping = settings.damping if settings.damping is not None else _choose(weight, gathered, ones)
+    before = objective.error(weight), rounded_error()
+    damping = settings.damping if settings.damping is not None else _choose(weight, *gathered, ones)
     fitted = weight
     if damping is not None:
         fitted = refit(weight, moments, relative_damping=damping, ones=ones)
         set_matrix(layer, fitted)
         layer.fit_weight(weight_observer)
-    after = residual(weight, fitted, moments, energy).item()
+    after = objective.error(fitted)
     if feedback and layer.weight_bits < 16:
         set_matrix(layer, _rounded(layer, fitted, moments, ones))
     change = ((fitted - weight).norm() / weight.norm().clamp(min=1e-30)).item()
     return RefitReport(name, damping, change, (before[0], after), (before[1], rounded_error()))
 
 
-def _choose(weight: Tensor, gathered: _Gathered, ones: bool) -> float | None:
+def _choose(weight: Tensor, fit: LayerMoments, judge: LayerMoments, ones: bool) -> float | None:
     """The damping with the least error on items that it was not fitted to; None where no refit is better."""
-    fit, judge = gathered.moments
     if judge.gram is None:
         return DAMPINGS[-1]  # too few items to judge: hold on to the weight
-    energy = gathered.energy[1]
-    best, least = None, residual(weight, weight, judge, energy).item()
+    objective = Objective(weight, judge)
+    best, least = None, objective.error(weight)
     for damping in DAMPINGS:
-        error = residual(weight, refit(weight, fit, relative_damping=damping, ones=ones), judge, energy).item()
+        error = objective.error(refit(weight, fit, relative_damping=damping, ones=ones))
         if error < least:
             best, least = damping, error
     return best

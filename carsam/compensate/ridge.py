@@ -34,12 +34,12 @@ class LayerMoments:
     Attributes:
         gram: Σ X̂ᵀX̂, (groups, d, d).
         cross: Σ X̂ᵀX, likewise.
-        count: Number of rows.
+        energy: Σ XᵀX, likewise.
     """
 
     gram: Tensor | None = None
     cross: Tensor | None = None
-    count: int = 0
+    energy: Tensor | None = None
 
     def update(self, quantized: Tensor, floating: Tensor) -> None:
         """Adds rows of samples.
@@ -49,10 +49,16 @@ class LayerMoments:
             floating: X, likewise.
         """
         transposed = quantized.transpose(-2, -1)
-        gram, cross = (transposed @ quantized).double(), (transposed @ floating).double()
-        self.gram = gram if self.gram is None else self.gram + gram
-        self.cross = cross if self.cross is None else self.cross + cross
-        self.count += quantized.shape[1]
+        found = (transposed @ quantized, transposed @ floating, floating.transpose(-2, -1) @ floating)
+        for name, value in zip(("gram", "cross", "energy"), found):
+            before = getattr(self, name)
+            setattr(self, name, value.double() if before is None else before.add_(value))
+
+    def __add__(self, other: LayerMoments) -> LayerMoments:
+        """Of the samples of both."""
+        if other.gram is None:
+            return self
+        return LayerMoments(self.gram + other.gram, self.cross + other.cross, self.energy + other.energy)
 
 
 def ridge(moments: LayerMoments, relative: float, *, ones: bool) -> Tensor:
@@ -90,22 +96,29 @@ def refit(weight: Tensor, moments: LayerMoments, *, relative_damping: float = 0.
     weight = weight.double()
     lam = ridge(moments, relative_damping, ones=ones)
     right = (moments.cross - moments.gram) @ weight
-    return weight + torch.linalg.solve(moments.gram + torch.diag_embed(lam), right)
+    factor = torch.linalg.cholesky(moments.gram + torch.diag_embed(lam))
+    return weight + torch.cholesky_solve(right, factor)
 
 
-def residual(weight: Tensor, fitted: Tensor, moments: LayerMoments, energy: Tensor) -> Tensor:
-    """‖X W − X̂ W*‖² / ‖X W‖² over all groups, from the moments alone.
+class Objective:
+    """‖X W − X̂ W*‖² / ‖X W‖² over all groups for any W*, from the moments alone.
 
     Args:
-        weight, fitted: W and W*, (groups, d, out).
+        weight: W, (groups, d, out).
         moments: Of the layer's inputs.
-        energy: Σ XᵀX, (groups, d, d).
     """
-    weight, fitted = weight.double(), fitted.double()
-    want = (weight * (energy @ weight)).sum()
-    mixed = (fitted * (moments.cross @ weight)).sum()
-    got = (fitted * (moments.gram @ fitted)).sum()
-    return ((want - 2 * mixed + got) / want.clamp(min=1e-30)).clamp(min=0)
+
+    def __init__(self, weight: Tensor, moments: LayerMoments):
+        weight = weight.double()
+        self._gram = moments.gram
+        self._energy = (weight * (moments.energy @ weight)).sum().clamp(min=1e-30)
+        self._mixed = moments.cross @ weight
+
+    def error(self, fitted: Tensor) -> float:
+        """The error of W*, (groups, d, out)."""
+        fitted = fitted.double()
+        found = self._energy - 2 * (fitted * self._mixed).sum() + (fitted * (self._gram @ fitted)).sum()
+        return (found / self._energy).clamp(min=0).item()
 
 
 def centred(gram: Tensor) -> Tensor:
@@ -123,7 +136,8 @@ def round_with_feedback(
     """Codes of a weight with small ‖X̂ (W − Ŵ)‖²: rows are rounded one after the other, and what a row's rounding does
     to the outputs is handed on to the rows that are not rounded yet (GPTQ, arXiv 2210.17323, algorithm 1).
 
-    Rows of the largest inputs come first: what comes last has nothing left to hand its error to.
+    Rows of the largest inputs come first: what comes last has nothing left to hand its error to. Where a grid ends,
+    that can lose; an output that nearest rounding serves better is rounded so.
 
     Args:
         weight: W, (groups, d, out).
@@ -135,8 +149,22 @@ def round_with_feedback(
     Returns:
         Codes (groups, d, out), whole numbers in float64.
     """
-    weight, gram = weight.double().clone(), gram.double().clone()
+    weight, gram = weight.double(), gram.double()
     scale, zero_point = scale.double(), zero_point.double()
+    codes = _with_feedback(weight.clone(), gram, scale, zero_point, bits, relative_damping)
+    nearest = encode(weight.clone(), scale[:, None], zero_point[:, None], bits)
+
+    def errors(of: Tensor) -> Tensor:
+        missing = decode(of, scale[:, None], zero_point[:, None]) - weight
+        return (missing * (gram @ missing)).sum(1, keepdim=True)
+
+    return torch.where(errors(codes) <= errors(nearest), codes, nearest)
+
+
+def _with_feedback(
+    weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, bits: int, relative_damping: float
+) -> Tensor:
+    """The recursion of :func:`round_with_feedback`; changes ``weight``."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     # An input that is always zero says nothing of its row, which rounds to nearest.
     lam = (relative_damping * diagonal.mean(-1, keepdim=True)).clamp(min=1e-12)

@@ -37,7 +37,7 @@ MEASURED = (3, 4, 6)
 # Images that judge, and that set ranges: each judge costs a pass for every site and number of bits.
 JUDGES, RANGES = 2, 8
 # What the header of a safetensors file says of a tensor, and the scale and zero point of an output channel, in bytes.
-HEADER, PER_CHANNEL = 120, 5
+HEADER, PER_CHANNEL = 150, 5
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,10 @@ def short(name):
     """The method with the fewest steps and no searched ranges: everything is gone through, in seconds."""
     has_steps = hasattr(create(name), "reconstruction")
     ranges = {"weight_observer": "min-max", "activation_observer": "min-max"}
-    return {**ranges, **({"reconstruction": {"steps": 2, "decoder_steps": 2}} if has_steps else {})}
+    few = {"reconstruction": {"steps": 2, "decoder_steps": 2}} if has_steps else {}
+    if hasattr(create(name), "refit"):
+        few |= {"refit": {"damping": 0.1}, "equivalences": {"foldings": ["centre values"], "smoothing": [0.5]}}
+    return {**ranges, **few}
 
 
 @pytest.mark.parametrize("name", METHODS)

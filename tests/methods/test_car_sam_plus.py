@@ -1,0 +1,128 @@
+"""CAR-SAM+ on the small model of every family: nothing changes in floating point, choices are kept, errors fall."""
+
+import copy
+import functools
+import logging
+
+import pytest
+import torch
+from small_models import small_model
+
+import carsam
+from carsam.bits.plan import BitPlan, Bits
+from carsam.commands.recipe import quantize_config
+from carsam.config import QuantizeConfig
+from carsam.errors import ConfigError
+from carsam.methods.base import create
+from carsam.methods.car_sam_plus import PRESETS
+from carsam.models.family import family_of, find_sites
+from carsam.prompts.calibration import CalibrationSet
+from carsam.prompts.image import PromptedImage
+from carsam.transform.operands import Refused
+
+QUICK = {"weight_observer": "min-max", "activation_observer": "min-max"}
+
+
+@functools.cache
+def subject(name):
+    """A small model, read-only, and six images of noise with two boxes each."""
+    model = small_model(name)
+    side, generator = family_of(model).image_size(model), torch.Generator().manual_seed(0)
+    images = []
+    for index in range(6):
+        corners = torch.rand(2, 2, 2, generator=generator).sort(dim=1).values * (side - 1)
+        pixels = torch.randn(1, 3, side, side, generator=generator) + index % 3
+        images.append(PromptedImage(str(index), pixels, corners.flatten(1)))
+    return model, CalibrationSet.of(images)
+
+
+def logits(model, data):
+    with torch.no_grad():
+        return torch.cat([model(**image.inputs("cpu")).pred_masks.flatten() for image in data.images])
+
+
+@pytest.mark.parametrize("name", ["sam", "tinyvit"])
+def test_what_is_chosen_leaves_the_float_model_as_it_is(name):
+    model, data = subject(name)
+    changed, sites = copy.deepcopy(model), find_sites(model)
+    settings = {"foldings": ["centre values", "centre keys", "balance", "even values", "hadamard"]}
+    method = create("car-sam-plus", {**QUICK, "equivalences": {**settings, "images": 6}})
+    choices = method.choose(changed, sites, data, BitPlan(Bits(4, 4)))
+    torch.testing.assert_close(logits(changed, data), logits(model, data), atol=1e-4, rtol=1e-4)
+    folded = [report for report in choices.reports if report["transform"] == "foldings"]
+    assert [report["attention"] for report in folded] == [site.name for site in sites.attentions]
+    assert any(report["kept"] != "none" for report in folded) and all(report["error"] <= 1 for report in folded)
+    assert choices.softmax.keys() == {site.name for site in sites.attentions}
+    norms = [report for report in choices.reports if report["transform"] == "norm"]
+    assert [report["norm"] for report in norms] == [norm for norm, _ in sites.readers]
+    refused = [report["norm"] for report in choices.reports if "refused" in report]
+    assert refused == [norm for norm, layer in sites.readers if layer in sites.padded]
+
+
+def test_what_stays_in_floating_point_is_left_alone():
+    model, data = subject("sam")
+    changed = copy.deepcopy(model)
+    choices = create("car-sam-plus", QUICK).choose(changed, find_sites(model), data, BitPlan(Bits(16, 16)))
+    assert choices.softmax == {} and choices.reports == []
+    assert all(torch.equal(a, b) for a, b in zip(changed.state_dict().values(), model.state_dict().values()))
+
+
+def test_a_rotation_that_is_forbidden_is_refused_or_noted_and_never_silent(caplog):
+    model, data = subject("tinyvit")
+    sites = find_sites(model)
+    with pytest.raises(Refused, match="depthwise"):
+        create("car-sam-plus", {"equivalences": {"rotation": True, "strict": True}}).transform(model, sites, data)
+    with caplog.at_level(logging.WARNING):
+        reports = create("car-sam-plus", {"equivalences": {"rotation": True}}).transform(model, sites, data)
+    assert "depthwise" in reports[0]["refused"] and "depthwise" in caplog.text
+    model, data = subject("sam")
+    turned = copy.deepcopy(model)
+    method = create("car-sam-plus", {"equivalences": {"rotation": True}})
+    assert method.transform(turned, find_sites(turned), data)[0]["channels"] == 192
+    torch.testing.assert_close(logits(turned, data), logits(model, data), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [pytest.param("sam", marks=pytest.mark.slow), "tinyvit"])
+def test_fast_learns_nothing_and_beats_rounding_to_nearest(name):
+    model, data = subject(name)
+    float_logits = logits(model, data)
+    fast = carsam.quantize(model, data, QuantizeConfig("car-sam-plus", {**PRESETS["fast"], **QUICK}))
+    nearest = carsam.quantize(model, data, QuantizeConfig("rtn", QUICK))
+
+    def error(result):
+        return (logits(result.model, data) - float_logits).square().mean().item()
+
+    assert error(fast) < 0.8 * error(nearest)
+    assert all(unit.steps == 0 for unit in fast.report.units)
+    refitted = [report.refitted for report in fast.report.compensations]
+    assert sorted(refitted) == sorted(site.name for site in find_sites(model).layers)
+    layout = fast.model.config.quantization_config.layout["attentions"]
+    chosen = {r["attention"]: r["softmax"] for r in fast.report.transforms if r["transform"] == "foldings"}
+    assert {path: operands["probs"]["grid"] for path, operands in layout.items()} == chosen
+
+
+def test_presets_are_settings_of_the_method_and_other_flags_win():
+    config = quantize_config(preset="fast", images="x")
+    assert config.method == "car-sam-plus" and create(config.method, config.settings).learn is False
+    assert quantize_config(preset="fast", images="x", settings=["learn=true"]).settings["learn"] is True
+    for name in PRESETS:
+        create("car-sam-plus", PRESETS[name])
+    with pytest.raises(ConfigError, match="fast, balanced, best"):
+        quantize_config(preset="quick", images="x")
+    with pytest.raises(ConfigError, match="leave out --method rtn"):
+        quantize_config(preset="fast", method="rtn", images="x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"foldings": ["centre"]}, "unknown folding 'centre'; choose from centre values"),
+        ({"softmax": []}, "at least one grid"),
+        ({"softmax": ["log3"]}, "unknown softmax 'log3'"),
+        ({"smoothing": [1.5]}, "0 to 1"),
+        ({"images": 0}, "at least one image"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        create("car-sam-plus", {"equivalences": settings})

@@ -1,0 +1,74 @@
+"""A budget becomes the bits of a packed model: it is kept to, and what cannot be met names what can."""
+
+import pytest
+from small_models import small_model
+
+import carsam
+from carsam.bits.allocation import BudgetError
+from carsam.commands.recipe import quantize_config
+from carsam.config import QuantizeConfig
+from carsam.models.family import find_sites
+from carsam.pack.folder import RECIPE
+from carsam.prompts.calibration import CalibrationSet
+from carsam.reading import read_yaml
+
+RTN = {"weight_observer": "min-max", "activation_observer": "min-max"}
+
+
+@pytest.fixture(scope="module")
+def subject():
+    import torch
+
+    from carsam.models.family import family_of
+    from carsam.prompts.image import PromptedImage
+
+    model = small_model("tinyvit")
+    side, generator = family_of(model).image_size(model), torch.Generator().manual_seed(0)
+    box = torch.tensor([[0.1, 0.1, 0.7, 0.8]]) * side
+    images = [PromptedImage(str(i), torch.randn(1, 3, side, side, generator=generator), box) for i in range(3)]
+    return model, CalibrationSet.of(images)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """One judge, one number of bits."""
+    monkeypatch.setattr("carsam.run.allocation.MEASURED", (4,))
+    monkeypatch.setattr("carsam.run.allocation.JUDGES", 1)
+
+
+def layout_of(model):
+    return model.config.quantization_config.layout
+
+
+def test_mean_bits_are_kept_to(subject, quick, tmp_path):
+    model, data = subject
+    out = tmp_path / "packed"
+    config = QuantizeConfig("rtn", RTN, budget="4.5bits")
+    carsam.quantize(model, data, config, out=out, write_results=True)
+    packed = carsam.load(out)
+    sizes = {site.name: model.get_submodule(site.name).weight.numel() for site in find_sites(model).layers}
+    bits = {path: spec["weight"] for path, spec in layout_of(packed)["layers"].items()}
+    mean = sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert 4.4 < mean <= 4.5 and len(set(bits.values())) > 1 and set(bits.values()) <= set(range(3, 9))
+    inputs = {spec["input"]["bits"] for spec in layout_of(packed)["layers"].values()}
+    assert len(inputs) > 1 and inputs <= set(range(3, 9))
+    assert read_yaml(out / RECIPE, "")["budget"] == "4.5bits"
+    # The recipe alone gives the same settings again.
+    assert quantize_config(recipe=out / RECIPE).budget == "4.5bits"
+
+
+def test_a_file_keeps_to_its_size(subject, quick, tmp_path):
+    model, data = subject
+    with pytest.raises(BudgetError, match="nearest budget that can be met is") as refusal:
+        carsam.quantize(model, data, QuantizeConfig("rtn", RTN, budget="10kB"))
+    nearest = str(refusal.value).rpartition(" is ")[2].rstrip(".")
+    out = tmp_path / "packed"
+    carsam.quantize(model, data, QuantizeConfig("rtn", RTN, budget=nearest), out=out)
+    size = (out / "model.safetensors").stat().st_size
+    allowed = float(nearest.removesuffix("MB")) * 1e6
+    assert 0.99 * allowed < size <= allowed
+
+
+def test_what_no_model_meets_is_refused_before_anything_is_read():
+    with pytest.raises(BudgetError, match="nearest budget that can be met is 3bits"):
+        quantize_config(budget="2.5bits", images="nowhere")
