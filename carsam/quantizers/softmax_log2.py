@@ -19,7 +19,7 @@ from carsam.quantizers.softmax import SoftmaxQuantizer
 # Heads of one forward pass, and queries of each, whose P is kept with V to judge a grid by P̂V.
 RECORDED_HEADS, RECORDED_ROWS = 2, 64
 # Values of P kept from one forward pass: rows over thousands of keys are few, and every pass brings others.
-RECORDED_VALUES = 2**16
+RECORDED_VALUES = 2**18
 # Shares of the largest probability that are tried as top of the grid with every τ, and around the best one thereafter.
 COARSE = torch.logspace(-1.5, 0, 10)
 FINE = torch.logspace(-1.5 / 9, 1.5 / 9, 9)
