@@ -17,6 +17,7 @@ from rich.table import Table
 from carsam.commands.common import Device, ImageSize, Normalise, duration, err, merge_results, open_model
 from carsam.commands.output import Json, Output, Quiet, renamed
 from carsam.commands.progress import Reporter
+from carsam.commands.videos import VideoOptions, evaluate_video
 from carsam.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -30,20 +31,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+VIDEO = "Videos"
+
 
 def evaluate(
     model: Annotated[
         str, typer.Argument(help="Packed folder, or a float model as for carsam quantize.", show_default=False)
     ],
-    coco: Annotated[Path, typer.Option(help="COCO instances file.", show_default=False)],
-    images: Annotated[Path, typer.Option(help="Folder that its file names are relative to.", show_default=False)],
+    coco: Annotated[Path | None, typer.Option(help="COCO instances file.", show_default=False)] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that its file names are relative to.", show_default=False)
+    ] = None,
     detections: Annotated[
         Path | None,
         typer.Option(help="COCO detection results whose boxes are the prompts.", show_default="the file's own boxes"),
     ] = None,
     boxes: Annotated[Path | None, typer.Option(hidden=True)] = None,
     points: Annotated[bool, typer.Option("--points", help="Also the mean IoU after 1, 3 and 5 clicks.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Only the file's first images.", show_default="all", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first images (with --video: videos).", show_default="all", min=1)
+    ] = None,
     floating: Annotated[
         str | None,
         typer.Option(
@@ -60,12 +67,45 @@ def evaluate(
     restart: Annotated[
         bool, typer.Option("--restart", "--no-resume", help="Discard what an interrupted evaluation finished.")
     ] = False,
+    video: Annotated[
+        Path | None,
+        typer.Option(
+            help="Root of a data set of videos, in DAVIS's form or SA-V's, instead of --coco: J, F and J&F.",
+            show_default=False,
+            rich_help_panel=VIDEO,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mask|box",
+            help="What of its first frame shows an object.",
+            show_default="mask",
+            rich_help_panel=VIDEO,
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Only the first frames of every video.", show_default="all", min=3, rich_help_panel=VIDEO),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder for the masks and results.json, as the data sets' own tools read them.",
+            show_default=False,
+            rich_help_panel=VIDEO,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the results in --out.", rich_help_panel=VIDEO)
+    ] = False,
     normalise: Normalise = None,
     image_size: ImageSize = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Measure masks from box prompts: segm AP, box AP, mean IoU.
+    """Measure masks from box prompts (segm AP, box AP, mean IoU), or objects followed through videos (J, F).
 
     An interrupted evaluation goes on where it stopped when the same command is given again.
     """
@@ -74,6 +114,19 @@ def evaluate(
     from carsam.pack.checkpoint import is_packed
 
     detections = renamed("--detections", detections, quiet=quiet, boxes=boxes)
+    if video is not None:
+        given = {"--coco": coco, "--images": images, "--detections": detections, "--points": points or None}
+        if others := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"--video measures on videos; leave out {' and '.join(others)}.")
+        of_video = VideoOptions(video, prompt or "mask", limit, frames, masks, overwrite, restart)
+        common = {"normalise": normalise, "image_size": image_size, "device": device}
+        evaluate_video(model, of_video, floating, json, save=save, quiet=quiet, **common)
+        return
+    given = {"--prompt": prompt, "--frames": frames, "--out": masks, "--overwrite": overwrite or None}
+    if others := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{' and '.join(others)} need --video, a data set of videos.")
+    if coco is None or images is None:
+        raise ConfigError("give --coco and --images to measure on images, or --video to measure on videos.")
     _keep_inputs(json, model, coco, detections, floating)
     output = Output(json, quiet=quiet)
     float_scores = _read_float_scores(floating)

@@ -12,6 +12,7 @@ import typer
 from carsam.commands.common import Device, ImageSize, Normalise, open_model
 from carsam.commands.output import STDOUT, Json, Output, Quiet
 from carsam.commands.progress import Reporter
+from carsam.commands.videos import FollowOptions, predict_video
 from carsam.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVERYTHING = "Automatic masks (--everything)"
+VIDEO = "Videos"
 OUTPUT = "Output"
 
 
@@ -32,13 +34,13 @@ def predict(
         str, typer.Argument(help="Packed folder, or a float model as for carsam quantize.", show_default=False)
     ],
     inputs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="INPUT...",
             help="Images: files, folders, or patterns in quotes ('photos/**/*.jpg').",
             show_default=False,
         ),
-    ],
+    ] = None,
     box: Annotated[
         list[str] | None,
         typer.Option(metavar="X1,Y1,X2,Y2", help="Box in pixels. Repeatable: several objects.", show_default=False),
@@ -116,13 +118,29 @@ def predict(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that are there.", rich_help_panel=OUTPUT)
     ] = False,
+    video: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a video's frames instead of images: the objects shown on the first one are followed.",
+            show_default=False,
+            rich_help_panel=VIDEO,
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="PNG with the objects' numbers on the first frame, instead of --box and --point.",
+            show_default=False,
+            rich_help_panel=VIDEO,
+        ),
+    ] = None,
     json: Json = None,
     quiet: Quiet = False,
     normalise: Normalise = None,
     image_size: ImageSize = None,
     device: Device = "auto",
 ) -> None:
-    """Write masks of images: from boxes and points, or of everything.
+    """Write masks of images, from boxes and points or of everything, or of objects followed through a video.
 
     PNG masks are 255 inside and 0 outside. The overlay shows masks and prompts on the image.
     """
@@ -142,12 +160,27 @@ def predict(
         "min_mask_region_area": min_mask_region_area,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
+    flags = from_flags(box or [], point or [])
+    if video is not None:
+        given = {"images": inputs, "--prompts": prompts, "--everything": everything, "--multimask": multimask}
+        if others := [name for name, value in given.items() if value]:
+            raise ConfigError(
+                f"--video follows objects through one folder of frames; leave out {' and '.join(others)}."
+            )
+        if unknown := set(read_formats(formats or [])) - {"png", "overlay"}:
+            raise ConfigError(f"--video writes png and overlay, not {', '.join(sorted(unknown))}.")
+        options = FollowOptions(video, flags, mask, folder, "overlay" in read_formats(formats or []), overwrite)
+        loading = {"device": device, "normalise": normalise, "image_size": image_size}
+        predict_video(model, options, json, quiet=quiet, **loading)
+        return
+    if mask is not None:
+        raise ConfigError("--mask shows objects of a video; give its frames with --video.")
+    if not inputs:
+        raise ConfigError("give images to segment, or a folder of frames with --video.")
     _check_flags(bool(box or point), prompts is not None, everything, multimask, settings)
     wanted = read_formats(formats or ["png", "overlay"])
     if polygons and "coco" not in wanted:
         raise ConfigError("--polygons is about the COCO file; add --format coco.")
-
-    flags = from_flags(box or [], point or [])
     file = read_prompts(prompts) if prompts is not None else None
     photos, unreadable = measure(find_photos(inputs))
     if not photos:

@@ -70,6 +70,14 @@ class Reporter:
         left = elapsed * (1 - share) / share if share > 0 else None
         self.show("images", self._title, share, f"image {done}/{total}", left)
 
+    def video(self, name: str, frame: int, n_frames: int, video: int, n_videos: int) -> None:
+        """The callback of :func:`carsam.evaluate.video.evaluate_videos`."""
+        share = (video + frame / max(1, n_frames)) / max(1, n_videos)
+        elapsed = time.monotonic() - self._started
+        left = elapsed * (1 - share) / share if share > 0 else None
+        position = f"video {video + 1}/{n_videos}  {name}"
+        self.show((video, "video"), position, share, f"frame {frame}/{n_frames}", left)
+
     def step(self, stage: str, noun: str, done: int, total: int) -> None:
         """The callback of :func:`carsam.diagnose.run.diagnose`, whose stages count different things."""
         self.show(stage, stage, done / max(1, total), f"{noun} {done}/{total}")

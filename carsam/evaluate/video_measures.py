@@ -22,7 +22,7 @@ _QUARTERS = 4
 def region_similarity(found: np.ndarray, true: np.ndarray) -> float:
     """J: intersection over union of two masks ``(h, w)`` bool; 1 where both are empty."""
     union = np.count_nonzero(found | true)
-    return np.count_nonzero(found & true) / union if union else 1.0
+    return float(np.count_nonzero(found & true) / union) if union else 1.0
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
@@ -51,7 +51,7 @@ def contour_accuracy(found: np.ndarray, true: np.ndarray) -> float:
         return float(len(ours) == len(theirs))
     radius = math.ceil(TOLERANCE * float(np.linalg.norm(true.shape)))
     precision, recall = _met(ours, theirs, radius), _met(theirs, ours, radius)
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
 def _met(points: np.ndarray, others: np.ndarray, radius: int) -> float:

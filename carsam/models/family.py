@@ -14,6 +14,7 @@ hook                   says
 ``load``, ``from_state``, ``find_state``   a model from a folder or a checkpoint file
 ``encode_image``, ``predict_logits``       image to embeddings, prompts to masks
 ``image_size``, ``low_res_size``           the geometry of input and masks
+``track``              follows objects through a video, where the family has a memory
 =====================  ==============================================================================
 """
 
@@ -34,6 +35,7 @@ from carsam.plugins import named_subclasses
 
 if TYPE_CHECKING:
     from carsam.models.attention import MatMulQuantizers
+    from carsam.models.tracking import Frames, Tracker
     from carsam.prompts.calibration import CalibrationImage
     from carsam.reconstruct.units import Unit
 
@@ -254,6 +256,21 @@ class Family(ABC):
             None where the family has no such pass; methods that tune on masks are refused for it then.
         """
         return None
+
+    def track(self, model: nn.Module, frames: Frames) -> Tracker:
+        """Begins to follow objects through a video.
+
+        Args:
+            model: The model, float or quantized.
+            frames: The video in the model's input frame.
+
+        Raises:
+            CheckpointError: Models of this family know images only.
+        """
+        raise CheckpointError(
+            f"{type(model).__name__} segments images and has no memory to follow objects with; videos need a model "
+            "that has, such as SAM 2 (facebook/sam2.1-hiera-tiny)."
+        )
 
     @abstractmethod
     def as_segment_anything(self, model: nn.Module) -> nn.Module:
