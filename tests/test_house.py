@@ -49,6 +49,9 @@ BACKWARDS = {
     "models/sam/decoder.py": {"calibrate", "reconstruct"},
     "models/sam/encoder.py": {"calibrate", "reconstruct"},
     "models/sam/family.py": {"reconstruct"},
+    "models/sam2_video/memory.py": {"calibrate", "reconstruct"},
+    # And it makes the clips that calibrate a memory out of images.
+    "models/sam2_video/family.py": {"prompts", "reconstruct"},
     "models/sam2/encoder.py": {"calibrate", "reconstruct"},
     "models/sam2/family.py": {"reconstruct"},
     # Parts of a model that run on integers as a whole.

@@ -36,7 +36,7 @@ from carsam.plugins import named_subclasses
 if TYPE_CHECKING:
     from carsam.models.attention import MatMulQuantizers
     from carsam.models.tracking import Frames, Tracker
-    from carsam.prompts.calibration import CalibrationImage
+    from carsam.prompts.calibration import CalibrationImage, CalibrationSet
     from carsam.reconstruct.units import Unit
 
 Tensors = dict[str, Tensor]
@@ -67,7 +67,7 @@ class Part:
     """Stages that run one after the other, once for every item.
 
     Attributes:
-        name: ``encoder`` or ``decoder``.
+        name: ``encoder``, ``decoder``, or what else there is.
         enter: Called as ``enter(model, before, image)`` with the outputs of the part before (empty for the first) and a
             calibration image with its prompts; gives the inputs of the first stage.
         stages: In execution order.
@@ -119,10 +119,19 @@ class Family(ABC):
 
         Args:
             sites: The model's sites.
-            part: ``encoder`` or ``decoder``.
+            part: ``encoder`` or ``decoder``, or another part of :meth:`parts`.
             granularity: Of the decoder: ``module`` (each attention, each MLP), ``pair`` (JCAR: token→image attention,
                 MLP and image→token attention of a block as one), ``block`` (self-attention too) or ``decoder``.
         """
+
+    def calibration_data(self, model: nn.Module, data: CalibrationSet) -> CalibrationSet:
+        """The calibration set as this family needs it: the same, or its images as clips where there is a memory.
+
+        Args:
+            model: The float model.
+            data: What the user gave.
+        """
+        return data
 
     def with_matmul(self, attention: nn.Module, matmul: MatMulQuantizers) -> nn.Module:
         """The attention with quantizers at the inputs of its MatMuls: itself, or another module for its place."""

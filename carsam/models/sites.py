@@ -128,6 +128,7 @@ class Sites:
         layers: Linear and Conv2d sites.
         attentions: Attention sites.
         encoder_stages, decoder_stages: Module paths that run one after the other (:class:`carsam.models.family.Stage`).
+        memory_stages: Module paths of the stages of a video's memory; empty where there is none.
         decoder: Module path that all sites of the decoder lie under; everything else is the encoder.
         readers: ``(norm, layer)`` module paths: the layer alone reads what the norm gives, so that channels may be
             scaled in one and divided in the other.
@@ -154,6 +155,7 @@ class Sites:
     neighbours: tuple[tuple[str, str], ...] = ()
     focus: tuple[str, ...] = ()
     floating: tuple[LayerSite, ...] = ()
+    memory_stages: tuple[str, ...] = ()
     activation_names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self):
@@ -172,6 +174,7 @@ class Sites:
             layers=tuple(site for site in self.layers if self.in_decoder(site.name)),
             attentions=tuple(site for site in self.attentions if self.in_decoder(site.name)),
             encoder_stages=(),
+            memory_stages=(),
             readers=tuple(pair for pair in self.readers if self.in_decoder(pair[1])),
             residual="the image encoder stays in floating point",
         )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+# What a frame leaves in memory: maps of the picture with its mask, and vectors that stand for the objects.
+MAPS, POINTERS = "maps", "pointers"
+MEMORIES = (MAPS, POINTERS)
 
 
 class Frames(Protocol):
@@ -83,6 +87,16 @@ class Tracker(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Forgets prompts, objects and memory."""
+
+    @abstractmethod
+    def adopt(self, other: Tracker, frame: int, what: Collection[str] = MEMORIES) -> None:
+        """Takes over what another tracker remembers of a frame, in the place of its own; for whoever measures errors.
+
+        Args:
+            other: Followed the same objects to the same frame.
+            frame: Index of the frame.
+            what: Of :data:`MEMORIES`.
+        """
 
     @abstractmethod
     def kept(self) -> int:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from carsam.data.images.transforms import Geometry, Preprocessor
 from carsam.data.video.frames import Video, open_video
@@ -28,6 +27,7 @@ from carsam.models.family import family_of
 from carsam.models.tracking import Tracked, Tracker
 from carsam.predict.predictor import require_image
 from carsam.predict.segment_anything import as_sam_model
+from carsam.prompts.clips import to_input
 
 
 class _Frames:
@@ -202,7 +202,8 @@ class SamVideoPredictor:
             raise ValueError("the mask has no pixel: there is nothing to follow.")
         number = self._number(state, obj_id)
         state.points.pop((number, frame_idx), None)
-        found = state.tracker.prompt_mask(number, frame_idx, self._mask_to_input(inside, state.geometry))
+        placed = to_input(inside, state.geometry, self.preprocessor.image_size)
+        found = state.tracker.prompt_mask(number, frame_idx, placed)
         return self._given(state, frame_idx, {number: found})
 
     def propagate_in_video(
@@ -268,14 +269,6 @@ class SamVideoPredictor:
         if obj_id not in state.objects:
             state.objects.append(obj_id)
         return state.objects.index(obj_id)
-
-    def _mask_to_input(self, mask: Tensor, geometry: Geometry) -> Tensor:
-        """A mask (H, W) bool in the input frame, (S, S): sam2 resizes it with antialiasing and cuts at one half."""
-        height, width = geometry.input_size
-        values = mask[None, None].float()
-        values = F.interpolate(values, (height, width), mode="bilinear", align_corners=False, antialias=True)
-        side = self.preprocessor.image_size
-        return F.pad((values >= 0.5).float(), (0, side - width, 0, side - height))[0, 0].to(self.device)
 
 
 def _frame_index(frame: int, state: VideoState) -> int:

@@ -202,7 +202,7 @@ def _annotated(instances: CocoInstances, image: CocoImage, folder: ImageFolder) 
 def _fingerprint(images: Sequence[CalibrationImage]) -> str:
     digest = hashlib.sha256()
     for image in images:
-        for tensor in (image.pixel_values, image.boxes):
+        for tensor in image.tensors:
             array = np.ascontiguousarray(tensor.numpy(), dtype="<f4")
             digest.update(f"{array.shape}".encode())
             digest.update(array.tobytes())

@@ -76,6 +76,11 @@ class PromptedImage:
         """From boxes ``(P, 4)`` float32 XYXY in pixels of the input frame."""
         return cls(name, pixel_values, boxes, geometry, geometry.boxes_to_original(boxes.numpy()), read=read)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a model is given of it: two images are the same data where these are equal."""
+        return self.pixel_values, self.boxes
+
     def true_mask(self, index: int) -> np.ndarray | None:
         """Mask ``(H, W)`` bool of a prompt's object; None where it is not known."""
         return mask_utils.decode(self.truth[index]).astype(bool) if self.truth is not None else None

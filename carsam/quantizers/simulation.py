@@ -24,6 +24,8 @@ class Simulation:
         activations: Activation quantizers quantize.
         drop: Probability that an activation element stays in floating point (QDrop, ICLR 2022).
         drop_probs: Whether softmax outputs are dropped as well.
+        settled: Activation quantizers without a grid let values pass instead of being an error: the model as far as it
+            is quantized.
         observe: Called as ``observe(quantizer, values)`` before each activation quantizer, or None.
     """
 
@@ -31,6 +33,7 @@ class Simulation:
     activations: bool = False
     drop: float = 0.0
     drop_probs: bool = True
+    settled: bool = False
     observe: Callable[[Any, torch.Tensor], None] | None = None
 
 

@@ -194,6 +194,8 @@ class SiteQuantizer(Grid):
         if not state.activations:
             return x
         if self.learned is None and not self.is_calibrated:
+            if state.settled:
+                return x
             raise RuntimeError("an activation quantizer has no range yet; did you run calibration first?")
         mask = keep_mask_like(x, state.drop) if drop and state.drop > 0 else None
         scale = self.step_along(x)

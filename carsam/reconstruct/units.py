@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from carsam.errors import ConfigError
-from carsam.models.family import DECODER, ENCODER, GRANULARITIES, Tensors
+from carsam.models.family import DECODER, GRANULARITIES, Tensors
 from carsam.models.sites import Sites
 
 
@@ -64,8 +64,9 @@ def check_granularity(granularity: str) -> None:
 
 
 def encoder_units(sites: Sites) -> list[Unit]:
-    """The image encoder's units, in execution order."""
-    return sites.family.units(sites, ENCODER)
+    """The units of all that comes before the decoder, the image encoder and a video's memory, in the walk's order."""
+    parts = [part.name for part in sites.family.parts(sites) if part.name != DECODER]
+    return [unit for name in parts for unit in sites.family.units(sites, name)]
 
 
 def decoder_units(sites: Sites, granularity: str) -> list[Unit]:

@@ -133,6 +133,7 @@ def to_integers(
         The quantized model, not packed yet, and what happened on the way.
     """
     method, plan, stages, hooks = run.method, run.plan, context.stages, context.hooks
+    data = sites.family.calibration_data(reference, data)
     treated = run.treated(sites)
     with stages("weight grids"):
         with hooks.work("transform"):

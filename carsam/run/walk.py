@@ -113,10 +113,13 @@ class Walk:
         def entered(stream: _Stream) -> _Stream:
             inputs = stream.inputs
             enter = part.enter
-            return _Stream(
-                stream.model,
-                self._cached(lambda i: enter(stream.model, inputs.get(i, self.device), self.data.images[i])),
-            )
+            # A part may run others to find its inputs, also some whose turn comes later: those are still in floating
+            # point, their weights and their activations.
+            with simulate(activations=True, settled=True):
+                return _Stream(
+                    stream.model,
+                    self._cached(lambda i: enter(stream.model, inputs.get(i, self.device), self.data.images[i])),
+                )
 
         return entered(before[0]), entered(before[1])
 

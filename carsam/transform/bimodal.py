@@ -74,6 +74,9 @@ def integrate_bimodal_keys(
 ) -> list[dict]:
     """BIG at decoder attentions.
 
+    Attentions whose keys are rotated by position (RoPE, in a video's memory) are left out: the rotation mixes pairs of
+    channels, so one sign for a channel of Q and K would change their product.
+
     Args:
         model: Float model; changed in place.
         sites: Its sites.
@@ -87,7 +90,7 @@ def integrate_bimodal_keys(
     """
     assert rule in BIMODAL_RULES, rule
     published = rule == "published"
-    coupled = {site.name: site for site in sites.attentions if site.coupled}
+    coupled = {site.name: site for site in sites.attentions if site.coupled and not site.rotary}
     names = [name for name in coupled if not published or name in sites.focus]
     images = data.images[:1] if published else data.images
     samples: dict[str, list[Tensor]] = {name: [] for name in names}

@@ -21,7 +21,7 @@ from carsam.pack.layers import PackedLayer
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
 from carsam.quantizers import ActivationQuantizer, UniformSoftmax
-from carsam.reconstruct.units import check_cover, decoder_units
+from carsam.reconstruct.units import check_cover, decoder_units, encoder_units
 
 FAMILIES = sorted(families())
 
@@ -101,9 +101,10 @@ def test_sites_are_in_the_model(model):
         assert isinstance(modules[site.output], torch.nn.Linear)
         assert all(isinstance(getattr(modules[site.name], position), Tensor) for position in site.positions)
     assert len(set(sites.names)) == len(sites.names)
-    assert {*sites.encoder_stages, *sites.decoder_stages, sites.decoder} <= set(modules)
+    assert {*sites.encoder_stages, *sites.memory_stages, *sites.decoder_stages, sites.decoder} <= set(modules)
     for site in (*sites.layers, *sites.attentions):
-        inside = [stage for stage in sites.encoder_stages if site.name.startswith(f"{stage}.")]
+        before = (*sites.encoder_stages, *sites.memory_stages)
+        inside = [stage for stage in before if site.name.startswith(f"{stage}.")]
         assert len(inside) == (0 if sites.in_decoder(site.name) else 1)
     for norm, reader in sites.readers:
         assert modules[norm].normalized_shape == (modules[reader].in_features,)
@@ -130,11 +131,13 @@ def test_stages_in_order_are_the_model(model, data, granularity):
     for handle in handles:
         handle.remove()
     assert seen.keys() == {stage.name for stage, _, _ in stages}
+    sites = find_sites(model)
     for stage, _, outputs in stages:
+        # A memory's stages get frames and objects of a clip along the first dimension; its last call is the last one.
+        rows = slice(-1, None) if stage.name in sites.memory_stages else slice(None)
         # What a neck gives on several levels is one embedding here, which is compared below.
         if seen[stage.name]:
-            same(list(outputs.values()), seen[stage.name])
-    sites = find_sites(model)
+            same([value[rows] for value in outputs.values()], seen[stage.name])
     assert [name for name, given in seen.items() if not given] in ([], [sites.encoder_stages[-1]])
     embedding = next(outputs for stage, _, outputs in stages if stage.name == sites.encoder_stages[-1])
     same(list(embedding.values()), [encode_image(model, image.pixel_values)])
@@ -144,7 +147,7 @@ def test_stages_in_order_are_the_model(model, data, granularity):
 @torch.no_grad()
 def test_units_cover_every_site_once_and_run_as_their_stage_does(model, data, granularity):
     family, sites = family_of(model), find_sites(model)
-    units = [*family.units(sites, ENCODER, granularity), *decoder_units(sites, granularity)]
+    units = [*encoder_units(sites), *decoder_units(sites, granularity)]
     check_cover(units, sites)
     assert len({unit.name for unit in units}) == len(units)
     assert [unit.stage for unit in family.units(sites, ENCODER)] == list(sites.encoder_stages)

@@ -163,7 +163,7 @@ def enter_decoder(
     def enter(model: nn.Module, before: Tensors, image: CalibrationImage) -> Tensors:
         embedding = before["hidden_states"]
         arguments = arguments_of(model, embedding, image.boxes.to(embedding.device))
-        return arguments if granularity == "decoder" else _first_block_inputs(model, blocks[0].name, arguments)
+        return arguments if granularity == "decoder" else first_block_inputs(model, blocks[0].name, arguments)
 
     return enter
 
@@ -299,7 +299,7 @@ def transformer_arguments(model: nn.Module, **decoder_arguments: Any) -> Tensors
     return tensors_only(call)
 
 
-def _first_block_inputs(model: nn.Module, block: str, arguments: Tensors) -> Tensors:
+def first_block_inputs(model: nn.Module, block: str, arguments: Tensors) -> Tensors:
     """Arguments of the first decoder block, from those of the transformer."""
     transformer = model.get_submodule(TRANSFORMER)
     _, call = capture_call(model.get_submodule(block), lambda: transformer(attention_similarity=None, **arguments))

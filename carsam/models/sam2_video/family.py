@@ -1,15 +1,37 @@
 """SAM 2 with its memory: transformers' ``Sam2VideoModel``, which is what Meta's and the Hub's checkpoints hold.
 
-On images it computes what :mod:`carsam.models.sam2` says, and is quantized as that model is. Memory attention, memory
-encoder and object pointers are no sites yet: they stay in floating point.
+On images it computes what :mod:`carsam.models.sam2` says, and is quantized as that model is. Its memory joins in as two
+more parts between encoder and decoder (:mod:`carsam.models.sam2_video.memory`). A part's inputs are found by following
+objects through clips with the model as far as it is quantized: the memory bank of the calibration holds the errors that
+the bank of a real video holds.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Sam2VideoModel
 
+from carsam.models.family import DECODER, ENCODED, ENCODER, Part, Tensors
+from carsam.models.sam import decoder
 from carsam.models.sam2.family import Sam2
+from carsam.models.sam2_video import memory
+from carsam.models.sam2_video.clips import calls_of, follow, moving_still
 from carsam.models.sam2_video.names import Sam2VideoNames
+from carsam.models.sam2_video.tracking import Sam2Tracker
+from carsam.models.sites import Sites
+from carsam.models.tracking import Frames, Tracker
+from carsam.reconstruct.units import Unit
+
+if TYPE_CHECKING:
+    from carsam.prompts.calibration import CalibrationImage, CalibrationSet
+
+# Frames of a clip that calibrate the decoder.
+_DECODED = 8
 
 
 class Sam2Video(Sam2):
@@ -21,3 +43,71 @@ class Sam2Video(Sam2):
     @property
     def model_class(self) -> type[PreTrainedModel]:
         return Sam2VideoModel
+
+    def sites(self, model: nn.Module) -> Sites:
+        found = super().sites(model)
+        inside = [site.name for site in found.layers if found.in_decoder(site.name)]
+        first = next(index for index, site in enumerate(found.layers) if site.name == inside[0])
+        own = memory.attentions(model)
+        place = next(index for index, site in enumerate(found.attentions) if found.in_decoder(site.name))
+        return replace(
+            found,
+            layers=(*found.layers[:first], *memory.linear_layers(model), *found.layers[first:]),
+            attentions=(*found.attentions[:place], *own, *found.attentions[place:]),
+            readers=(*found.readers, *memory.readers(model)),
+            floating=(*found.floating, *memory.floating(model)),
+            memory_stages=memory.stage_paths(model),
+        )
+
+    def parts(self, sites: Sites, granularity: str = "module") -> tuple[Part, ...]:
+        encoder, last = super().parts(sites, granularity)
+        entered = partial(self._enter_decoder, last.enter, granularity)
+        return (encoder, *memory.parts(sites.memory_stages, self.follow), replace(last, enter=entered))
+
+    def units(self, sites: Sites, part: str, granularity: str = "module") -> list[Unit]:
+        if part in (ENCODER, DECODER):
+            return super().units(sites, part, granularity)
+        return memory.units(sites.memory_stages, part)
+
+    def calibration_data(self, model: nn.Module, data: CalibrationSet) -> CalibrationSet:
+        from carsam.prompts.clips import as_clips  # reads images, whose room asks for families
+
+        return as_clips(data, moving_still)
+
+    def follow(self, model: nn.Module, image: CalibrationImage) -> None:
+        """Follows the objects of a clip; a still image moves for it."""
+        frames = getattr(image, "frames", None)
+        if frames is None:
+            frames = moving_still(image.pixel_values, 0, 8)
+        follow(model, frames, image.boxes, getattr(image, "masks", None))
+
+    def forward(self, model: nn.Module, image: CalibrationImage) -> None:
+        with torch.no_grad():
+            self.follow(model, image)
+        super().forward(model, image)
+
+    def track(self, model: nn.Module, frames: Frames) -> Tracker:
+        return Sam2Tracker(model, frames)
+
+    def _enter_decoder(
+        self, with_boxes, granularity: str, model: nn.Module, before: Tensors, image: CalibrationImage
+    ) -> Tensors:
+        """Inputs of the decoder: of frames whose objects come from memory, or of the image with its boxes."""
+        if not getattr(image, "tracked", False):
+            if ENCODED not in before:
+                before = {ENCODED: self.encode_image(model, image.pixel_values)}
+            return with_boxes(model, before, image)
+        transformer = model.get_submodule(decoder.TRANSFORMER)
+        calls = [kwargs for _, kwargs in calls_of([transformer], lambda: self.follow(model, image))[0]]
+        # A prompt on the first frame has other tokens than the frames after it, which have none.
+        tokens = calls[-1]["point_embeddings"].shape
+        calls = [call for call in calls if call["point_embeddings"].shape == tokens]
+        chosen = calls[:: max(1, len(calls) // _DECODED)][-_DECODED:]
+        names = [name for name, value in calls[-1].items() if isinstance(value, Tensor)]
+        arguments = {name: torch.cat([call[name] for call in chosen]) for name in names}
+        if granularity == "decoder":
+            return arguments
+        return decoder.first_block_inputs(model, self._first_block(model), arguments)
+
+    def _first_block(self, model: nn.Module) -> str:
+        return decoder.two_way_blocks(model, self.block)[0].name

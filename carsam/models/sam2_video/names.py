@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from carsam.models.sam2.names import Sam2Names
 
 
@@ -13,3 +16,22 @@ class Sam2VideoNames(Sam2Names):
     model_types = ("sam2_video",)
     model_class = "Sam2VideoModel"
     processors = ("Sam2VideoProcessor", "Sam2ImageProcessor")
+    regions: ClassVar[Mapping[str, str]] = {
+        "vision_encoder.": "encoder blocks",
+        "vision_encoder.neck": "encoder neck",
+        "memory_encoder.": "memory encoder",
+        "memory_attention.": "memory attention",
+        "mask_decoder.transformer.": "decoder transformer",
+    }
+    prefixes: ClassVar[Mapping[str, str]] = {
+        **Sam2Names.prefixes,
+        "memory_attention.layers.": "memory.",
+        "memory_encoder.": "memory encoder.",
+    }
+    order = (
+        *("vision_encoder", "memory_encoder", "memory_attention", "mask_decoder"),
+        *(name for name in Sam2Names.order if name not in ("vision_encoder", "mask_decoder", "self_attn", "mlp")),
+        *("mask_downsampler", "feature_projection", "memory_fuser", "final_conv", "conv", "depthwise_conv"),
+        *("pointwise_conv1", "pointwise_conv2"),
+    )
+    brief: ClassVar[Mapping[str, str]] = {**Sam2Names.brief, "cross_attn_image": "cross"}

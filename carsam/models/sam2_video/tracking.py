@@ -6,16 +6,17 @@ one run, and each keeps its own memory. All share the features of the frame that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceCache, Sam2VideoInferenceSession
 
-from carsam.models.tracking import Frames, Tracked, Tracker
+from carsam.models.tracking import MAPS, MEMORIES, POINTERS, Frames, Tracked, Tracker
 
 _PROMPTED, _TRACKED = "cond_frame_outputs", "non_cond_frame_outputs"
+_KINDS = {MAPS: ("maskmem_features", "maskmem_pos_enc"), POINTERS: ("object_pointer",)}
 
 
 class _Lazy(Mapping[int, Tensor]):
@@ -86,6 +87,14 @@ class Sam2Tracker(Tracker):
         device = self._model.device
         self._cache = Sam2VideoInferenceCache(inference_device=device, inference_state_device=device)
 
+    def adopt(self, other: Tracker, frame: int, what: Collection[str] = MEMORIES) -> None:
+        assert isinstance(other, Sam2Tracker) and other.objects == self.objects
+        for number, session in self._sessions.items():
+            for kind in (_PROMPTED, _TRACKED):
+                theirs = _outputs(other._sessions[number], kind).get(frame, {})
+                mine = _outputs(session, kind).get(frame, {})
+                mine.update({name: theirs[name] for each in what for name in _KINDS[each] if name in theirs})
+
     def kept(self) -> int:
         features = self._cache._vision_features.values()
         tensors = [tensor for entry in features for tensors in entry.values() for tensor in tensors]
@@ -120,7 +129,7 @@ class Sam2Tracker(Tracker):
             _outputs(session, _PROMPTED)[frame] = _outputs(session, _TRACKED).pop(frame)
         return found
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run(self, session: Sam2VideoInferenceSession, frame: int, *, reverse: bool) -> Tracked:
         out = self._model(inference_session=session, frame_idx=frame, reverse=reverse)
         for kind in (_PROMPTED, _TRACKED):
