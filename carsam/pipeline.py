@@ -149,7 +149,7 @@ def quantize(
                 device=run.device,
                 seed=config.calibration.seed,
                 store=store,
-                space=CacheSpace(int(cache_gigabytes * 2**30)),
+                space=CacheSpace(int(cache_gigabytes * 2**30), device=run.device),
                 progress=progress,
                 stages=stages,
                 hooks=hooks or Hooks(),

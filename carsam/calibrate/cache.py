@@ -2,7 +2,8 @@
 
 Two things keep ViT-H within a workstation's memory: tensors that repeat over their first dimension (the image embedding
 before the first decoder block is the same for every prompt of an image, positional embeddings always are) are stored
-once, and beyond a budget tensors lie in memory-mapped files.
+once, and beyond a budget tensors lie in memory-mapped files. On a GPU they stay there while a quarter of its free
+memory lasts: each step of a reconstruction reads tens of megabytes, which would cross the bus every time.
 """
 
 from __future__ import annotations
@@ -81,15 +82,19 @@ class CacheSpace:
     Args:
         budget: Bytes to keep in memory.
         directory: Parent of the spill directory (system temporary directory if None).
+        device: Where the tensors are used; a GPU's memory is filled before this machine's.
     """
 
-    def __init__(self, budget: int = 6 * 2**30, directory: Path | None = None):
+    def __init__(self, budget: int = 6 * 2**30, directory: Path | None = None, device: torch.device | None = None):
         clear_spills()
         self.budget = budget
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._device_budget = torch.cuda.mem_get_info(device)[0] // 4 if self._device is not None else 0
         self._parent = directory
         self._folder: tempfile.TemporaryDirectory | None = None
         self._files = 0
         self._live: list[tuple[object, int]] = []
+        self._on_device: list[tuple[object, int]] = []
 
     def cache(self) -> ActivationCache:
         """A new, empty cache."""
@@ -98,16 +103,19 @@ class CacheSpace:
     @property
     def in_memory(self) -> int:
         """Bytes of the tensors that are alive in memory."""
-        self._live = [(ref, size) for ref, size in self._live if ref() is not None]
-        return sum(size for _, size in self._live)
+        return _alive(self._live)
 
     def keep(self, value: Tensor) -> Tensor:
-        """A CPU copy of ``value``, in memory within the budget, in a mapped file beyond it.
+        """A copy of ``value``: on the GPU while there is room, in memory within the budget, in a mapped file beyond it.
 
         Raises:
             CarsamError: There is no space for the file.
         """
         size = value.numel() * value.element_size()
+        if self._device is not None and value.is_cuda and _alive(self._on_device) + size <= self._device_budget:
+            kept = value.clone(memory_format=torch.contiguous_format)
+            self._on_device.append((weakref.ref(kept), size))
+            return kept
         if self.in_memory + size <= self.budget:
             kept = value.to("cpu", copy=True).contiguous()
             self._live.append((weakref.ref(kept), size))
@@ -140,6 +148,12 @@ class CacheSpace:
         return path
 
 
+def _alive(tensors: list[tuple[object, int]]) -> int:
+    """Bytes of those tensors that are alive; the others are forgotten."""
+    tensors[:] = [(ref, size) for ref, size in tensors if ref() is not None]
+    return sum(size for _, size in tensors)
+
+
 def cached(space: CacheSpace, items: Iterable[dict[str, torch.Tensor]]) -> ActivationCache:
     """A cache of the items, computed without gradients."""
     cache = space.cache()
@@ -155,9 +169,8 @@ def variances(cache: ActivationCache) -> list[float]:
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
     for index in range(len(cache)):
         for name, value in cache.get(index, torch.device("cpu")).items():
-            sums[name] += torch.stack(
-                [value.sum(dtype=torch.float64), value.double().square().sum(), torch.tensor(value.numel())]
-            )
+            parts = [value.sum(dtype=torch.float64), value.double().square().sum(), torch.tensor(value.numel())]
+            sums[name] += torch.stack(parts)
     result = []
     for total, square, count in (sums[name].tolist() for name in names):
         result.append(max(square / count - (total / count) ** 2, 1e-12))

@@ -38,13 +38,20 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, out, scale, *rest = ctx.saved_tensors
         # Values beyond the grid are clipped and pass no gradient.
-        passed = torch.ops.aten.hardtanh_backward(grad, *ctx.quantizer.position(x, scale))
+        passed = _within(grad, *ctx.quantizer.position(x, scale))
         if ctx.masked:
             passed = torch.lerp(grad, passed, rest[0].to(grad.dtype))
         grad_scale = None
         if ctx.needs_input_grad[1]:
             grad_scale = ctx.quantizer.scale_gradient(grad, passed, x, out, scale)
         return passed if ctx.needs_input_grad[0] else None, grad_scale, None, None
+
+
+def _within(grad: Tensor, values: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """The gradient where values lie within the ends of the grid, 0 elsewhere."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return grad.masked_fill((values <= low) | (values >= high), 0)
+    return torch.ops.aten.hardtanh_backward(grad, values, low, high)
 
 
 def _products(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -95,8 +102,11 @@ class SiteQuantizer(Grid):
         """The values of the grid that ``x`` is quantized to; a new tensor."""
         raise NotImplementedError
 
-    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float, float]:
-        """``(values, low, high)``: an element is clipped where its value lies beyond ``[low, high]``."""
+    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float | Tensor, float | Tensor]:
+        """``(values, low, high)``: an element is clipped where its value lies beyond ``[low, high]``.
+
+        Ends that depend on the scale may be tensors (scalars).
+        """
         raise NotImplementedError
 
     def scale_gradient(self, grad: Tensor, passed: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> Tensor:

@@ -71,10 +71,10 @@ class Log1pSoftmax(SiteQuantizer, SoftmaxQuantizer):
     def round(self, x: Tensor, scale: Tensor) -> Tensor:
         return round_log1p(x, scale, self.curve, self.top)
 
-    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float, float]:
+    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float, float | Tensor]:
         # Half a code above the top, in the logarithm; nothing lies below zero.
         above = torch.expm1(torch.log1p(self.curve) * (1 + 0.5 / self.top)) / self.curve * scale
-        return x, -1.0, above.item()
+        return x, -1.0, above if above.is_cuda else above.item()
 
     def encode(self, x: Tensor) -> Tensor:
         return log1p_code(x, self.scale, self.curve, self.top).to(torch.uint8)

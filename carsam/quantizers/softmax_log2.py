@@ -78,9 +78,9 @@ class Log2Softmax(SiteQuantizer, SoftmaxQuantizer):
     def round(self, x: Tensor, scale: Tensor) -> Tensor:
         return round_log2(x, scale, int(self.tau), self.zero)
 
-    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float, float]:
+    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float, float | Tensor]:
         # Half a code above the top, in the logarithm; nothing lies below zero, which is a code.
-        return x, -1.0, scale.item() * 2.0 ** (0.5 / int(self.tau))
+        return x, -1.0, (scale if scale.is_cuda else scale.item()) * 2.0 ** (0.5 / int(self.tau))
 
     def encode(self, x: Tensor) -> Tensor:
         return log2_code(x, self.scale, int(self.tau), self.zero).to(torch.uint8)

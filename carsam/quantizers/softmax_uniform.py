@@ -83,31 +83,28 @@ class UniformProbabilityRecord(SiteRecord):
         if observer != "mse" or quantizer.range_by != "product" or not self.products.rows:
             quantizer.set_grid(*self.uniform_grid(quantizer.bits, observer))
             return
-        high = torch.tensor(max(self.highs)).clamp(min=1e-8)
-        rows = stacked(self.products.rows)
-        best = self._best(COARSE, rows, high, quantizer.bits)
-        best = self._best((best * FINE).clamp(max=1.0).unique(), rows, high, quantizer.bits)
+        device = quantizer.scale.device
+        high = torch.tensor(max(self.highs), device=device).clamp(min=1e-8)
+        rows = self.products.products(device)
+        best = _best(COARSE, rows, high, quantizer.bits)
+        best = _best((best * FINE).clamp(max=1.0).unique(), rows, high, quantizer.bits)
         quantizer.set_grid(best * high / qmax(quantizer.bits), torch.tensor(0))
 
-    @staticmethod
-    def _best(shares: Tensor, rows: list[tuple[Tensor, Tensor]], high: Tensor, bits: int) -> Tensor:
-        """The share of the largest probability at the top of the grid with the least error of P̂V."""
-        levels = qmax(bits)
-        errors = torch.zeros(len(shares), dtype=torch.float64)
-        for probs, value in rows:
-            for i, share in enumerate(shares):
-                step = share * high / levels
-                difference = (probs / step).round_().clamp_(max=levels).mul_(step).sub_(probs)
-                errors[i] += (difference @ value).square().sum().item()
-        return shares[errors.argmin()]
 
+def _best(shares: Tensor, rows: list[tuple[Tensor, Tensor]], high: Tensor, bits: int) -> Tensor:
+    """The share of the largest probability at the top of the grid with the least squared error of P̂V.
 
-def stacked(rows: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Rows of P (r, keys) and their V (keys, dim), those of one shape stacked, in float32."""
-    by_shape: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+    Args:
+        shares: (n,) candidates.
+        rows: P (groups, rows, keys) and V (groups, keys, dim).
+        high: The largest probability.
+        bits: Bits of a code.
+    """
+    levels = qmax(bits)
+    errors = torch.zeros(len(shares), dtype=torch.float64, device=high.device)
     for probs, value in rows:
-        by_shape.setdefault((probs.shape, value.shape), []).append((probs, value))
-    return [
-        (torch.stack([probs.float() for probs, _ in group]), torch.stack([value.float() for _, value in group]))
-        for group in by_shape.values()
-    ]
+        for i, share in enumerate(shares):
+            step = share * high / levels
+            difference = (probs / step).round_().clamp_(max=levels).mul_(step).sub_(probs)
+            errors[i] += (difference @ value).square().sum(dtype=torch.float64)
+    return shares[errors.argmin().item()]

@@ -51,9 +51,10 @@ class ActivationQuantizer(SiteQuantizer):
     def round(self, x: Tensor, scale: Tensor) -> Tensor:
         return (x / scale).round_().clamp_(*self.limits()).mul_(scale)
 
-    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float, float]:
+    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float | Tensor, float | Tensor]:
         # Half a step beyond the last code: what rounds to it is not clipped.
-        step, (low, high) = scale.item(), self.limits()
+        # On a GPU the step stays there: reading it would wait for all that is under way, at every site of every step.
+        step, (low, high) = scale if scale.is_cuda else scale.item(), self.limits()
         return x, step * (low - 0.5), step * (high + 0.5)
 
     def encode(self, x: Tensor) -> Tensor:

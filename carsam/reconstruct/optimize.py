@@ -78,7 +78,7 @@ class ReconstructionSettings:
     phases: str = "joint"
     mask_weight: float = 0.0
     mask_steps: int = 0
-    mask_rate: float = 2e-3
+    mask_rate: float = 2e-2
     mask_norms: bool = False
 
     def __post_init__(self):
