@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import carsam
+from carsam.config import QuantizeConfig
+from carsam.methods.base import create, registry
+from carsam.quantizers import SiteQuantizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -18,6 +21,27 @@ def test_quantizing_on_the_gpu_agrees_with_the_cpu(nano, small_set, quick_config
         got = on_gpu(**inputs).pred_masks.cpu()
     # Rounding decisions near a tie fall differently and random numbers differ, so masks are compared, not bits.
     assert ((got > 0) == (expected > 0)).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", sorted(registry()))
+def test_every_method_and_its_grids_run_on_the_gpu(name, nano, small_set):
+    steps = {"reconstruction": {"steps": 5, "decoder_steps": 5}} if hasattr(create(name), "reconstruction") else {}
+    config = QuantizeConfig(method=name, settings=steps, decoder_only=True)
+    image, masks = small_set.images[0], []
+    for device in ("cpu", "cuda"):
+        model = carsam.quantize(nano, small_set, config, device=device).model.to(device)
+        inputs = {"pixel_values": image.pixel_values.to(device), "input_boxes": image.boxes[None].to(device)}
+        with torch.no_grad():
+            masks.append(model(**inputs).pred_masks.cpu() > 0)
+        for quantizer in model.modules():
+            if isinstance(quantizer, SiteQuantizer) and quantizer.bits < 16:
+                # A channel each: what is asked for is where it is computed.
+                x = torch.rand(3, getattr(quantizer, "group", torch.zeros(5)).numel(), device=device)
+                codes = quantizer.encode(x)
+                assert codes.device == x.device
+                rounded = quantizer.round(x, quantizer.step_along(x))
+                torch.testing.assert_close(quantizer.decode(codes), rounded, rtol=1e-4, atol=1e-5)
+    assert (masks[0] == masks[1]).float().mean() > 0.9
 
 
 def test_a_packed_folder_computes_the_same_on_both(packed_folder, small_set):
