@@ -97,10 +97,10 @@ class HybridQuantizer(SiteQuantizer):
         foot = step * self.offset
         return round_hybrid(x - foot, step, split, self.zones()[0], self.bits).add_(foot)
 
-    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float, float]:
+    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float | Tensor, float | Tensor]:
         # Below: half the first step of the log zone; above: half a step of the uniform zone.
-        step, split = scale.tolist()
-        foot, (log_codes, uniform_codes) = step * float(self.offset), self.zones()
+        step, split, offset = (*scale, self.offset) if scale.is_cuda else (*scale.tolist(), float(self.offset))
+        foot, (log_codes, uniform_codes) = step * offset, self.zones()
         return x, foot - split * 2.0**-log_codes, foot + split + step * (uniform_codes + 0.5)
 
     def scale_gradient(self, grad: Tensor, passed: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class Log2Softmax(SiteQuantizer, SoftmaxQuantizer):
     def __init__(self, bits: int, *, always: bool = False, extra_code: int = 0):
         super().__init__(bits, always=always)
         self.extra_code = extra_code
+        self._granularity: tuple[int, int] = (-1, 0)
         if bits < 16:
             self.register_buffer("tau", torch.tensor(1, dtype=torch.uint8))
 
@@ -70,17 +71,28 @@ class Log2Softmax(SiteQuantizer, SoftmaxQuantizer):
             return fault
         return "" if int(self.tau) in self.TAUS else "no usable granularity"
 
+    def load_grid(self, buffers: dict[str, Tensor]) -> None:
+        super().load_grid(buffers)
+        self._granularity = (-1, 0)
+
+    def granularity(self) -> int:
+        """τ: read from the buffer only after it changed."""
+        version = self.tau._version
+        if self._granularity[0] != version:
+            self._granularity = (version, int(self.tau))
+        return self._granularity[1]
+
     def set_grid(self, scale: Tensor, tau: int) -> None:
         """Sets the largest value (scalar) and the granularity."""
         assert tau in self.TAUS
         self.load_grid({"scale": scale.float(), "tau": torch.tensor(tau, dtype=torch.uint8)})
 
     def round(self, x: Tensor, scale: Tensor) -> Tensor:
-        return round_log2(x, scale, int(self.tau), self.zero)
+        return round_log2(x, scale, self.granularity(), self.zero)
 
     def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float, float | Tensor]:
         # Half a code above the top, in the logarithm; nothing lies below zero, which is a code.
-        return x, -1.0, (scale if scale.is_cuda else scale.item()) * 2.0 ** (0.5 / int(self.tau))
+        return x, -1.0, (scale if scale.is_cuda else scale.item()) * 2.0 ** (0.5 / self.granularity())
 
     def encode(self, x: Tensor) -> Tensor:
         return log2_code(x, self.scale, int(self.tau), self.zero).to(torch.uint8)
