@@ -13,6 +13,7 @@ hook                   says
 ``with_matmul``        the attention with quantizers at the inputs of its MatMuls
 ``load``, ``from_state``, ``find_state``   a model from a folder or a checkpoint file
 ``encode_image``, ``predict_logits``       image to embeddings, prompts to masks
+``halves``             the same as two modules of tensors alone, for export
 ``image_size``, ``low_res_size``           the geometry of input and masks
 ``track``              follows objects through a video, where the family has a memory
 =====================  ==============================================================================
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from carsam.errors import CheckpointError
+from carsam.errors import CheckpointError, ConfigError
 from carsam.models.names import Names
 from carsam.models.sites import Sites
 from carsam.plugins import named_subclasses
@@ -76,6 +77,24 @@ class Part:
     name: str
     enter: Callable[[nn.Module, Tensors, CalibrationImage], Tensors]
     stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A model as two modules of tensors alone, for export. Attention and layers are the model's own.
+
+    Attributes:
+        encoder: Called with preprocessed pixels (1, 3, S, S); gives a tuple of tensors.
+        decoder: Called with these, and then points (B, N, 2) in pixels of the input frame, labels (B, N) float (1
+            inside, 0 outside, 2 and 3 corners of a box, -1 no point, -10 nothing at all), mask logits (1 or B, 1, h, w)
+            and whether to read them (1,) float; gives the logits of all masks (B, M, h, w), the single one first, and
+            their predicted IoU (B, M).
+        names: Of the tensors in between.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    names: tuple[str, ...]
 
 
 class Family(ABC):
@@ -246,6 +265,14 @@ class Family(ABC):
     @abstractmethod
     def predict_logits(self, model: nn.Module, image_embeddings: Tensor, **prompts: Any) -> tuple[Tensor, Tensor]:
         """Low-resolution logits and predicted IoU of prompts; see :func:`carsam.models.forward.predict_logits`."""
+
+    def halves(self, model: nn.Module) -> Halves:
+        """The model in two halves for export.
+
+        Raises:
+            ConfigError: Models of this family cannot be exported.
+        """
+        raise ConfigError(f"{type(model).__name__} cannot be exported yet; its family ({self.name}) gives no halves.")
 
     @abstractmethod
     def forward(self, model: nn.Module, image: CalibrationImage) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import carsam.diagnose.attention_maps as attention_maps
-import carsam.models.sam.attention as attention_module
+import carsam.models.attention as attention_module
 from carsam.diagnose.attention_maps import DissipationMeter, MapRecorder, query_stride
 from carsam.diagnose.measures import focus_overlap, kl_divergence
 from carsam.models.sam.encoder import enter_encoder, valid_queries

@@ -12,8 +12,6 @@ from carsam.models.implementations import NOTICE
 # The encoder's attentions have a table of their own in transformers. While a packed folder is loaded, it needs the
 # attention that its config.json asks for; the packed form then takes its place.
 SAM_VISION_ATTENTION_CLASSES[NOTICE] = SAM_VISION_ATTENTION_CLASSES["eager"]
-# Scores of one chunk of heads: bounds the temporaries of a global attention (ViT-B at 1024 px: 64 MB a head).
-CHUNK_ELEMENTS = 2**25
 
 
 class QuantizedVisionAttention(SamVisionAttention):
@@ -44,19 +42,6 @@ class QuantizedVisionAttention(SamVisionAttention):
                 torch.einsum("bhwc,hkc->bhwk", grid, self.get_rel_pos(height, height, self.rel_pos_h)),
                 torch.einsum("bhwc,wkc->bhwk", grid, self.get_rel_pos(width, width, self.rel_pos_w)),
             )
-        # The scale goes to the small operand: on the scores it is one more sweep over the largest tensor there is.
-        query, key, value = self.matmul.query(query) * self.scale, self.matmul.key(key), self.matmul.value(value)
-
-        step = max(1, CHUNK_ELEMENTS // tokens**2)
-        outputs = []
-        for start in range(0, batch * heads, step):
-            part = slice(start, start + step)
-            scores = torch.matmul(query[part], key[part].transpose(-2, -1))
-            if relative is not None:
-                # Two broadcast additions in place: the full (tokens × tokens) bias is never built.
-                grid = scores.view(-1, height, width, height, width)
-                grid.add_(relative[0][part][..., :, None]).add_(relative[1][part][..., None, :])
-            outputs.append(torch.matmul(self.matmul.probs(scores, value=value[part]), value[part]))
-        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        output = self.matmul.attend_grid(query, key, value, self.scale, relative)
         output = output.reshape(batch, heads, height, width, -1).permute(0, 2, 3, 1, 4)
         return self.proj(output.reshape(batch, height, width, -1)), None

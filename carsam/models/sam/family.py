@@ -12,11 +12,12 @@ from transformers.models.sam.modeling_sam import SamVisionAttention
 
 from carsam.errors import CheckpointError
 from carsam.models.attention import MatMulQuantizers
-from carsam.models.family import ENCODED, ENCODER, Family, Part, Stage, Tensors
+from carsam.models.family import ENCODED, ENCODER, Family, Halves, Part, Stage, Tensors
 from carsam.models.folder import check_image_size
 from carsam.models.sam import decoder, encoder, forward, meta
 from carsam.models.sam.attention import QuantizedVisionAttention
 from carsam.models.sam.declared import check_declared, too_large
+from carsam.models.sam.halves import SamDecoder, SamEncoder
 from carsam.models.sam.names import SamNames
 from carsam.models.sites import AttentionSite, LayerSite, ResidualStream, Sites
 from carsam.reconstruct.units import Unit
@@ -171,6 +172,9 @@ class Sam(Family):
         # An embedding for each prompt: with one for all, prompts would lie in another dimension than in the stages.
         embeddings = embedding.expand(len(sparse), -1, -1, -1)
         return forward.decode_prompts(model.mask_decoder, embeddings, positions, sparse, dense, multimask_output=False)
+
+    def halves(self, model: nn.Module) -> Halves:
+        return Halves(SamEncoder(model), SamDecoder(model), ("image_embeddings",))
 
     def forward(self, model: nn.Module, image: CalibrationImage) -> None:
         with torch.no_grad():

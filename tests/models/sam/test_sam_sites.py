@@ -71,7 +71,7 @@ def prepared(nano, bits, softmax="uniform"):
 @pytest.mark.parametrize("chunk", [2**25, 49 * 49 * 4])
 def test_outputs_are_the_float_models_while_nothing_is_simulated(nano, softmax, chunk, monkeypatch):
     """Also in chunks of heads, as large attentions run."""
-    monkeypatch.setattr("carsam.models.sam.attention.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("carsam.models.attention.CHUNK_ELEMENTS", chunk)
     model = prepared(nano, "w4a4", softmax)
     g = torch.Generator().manual_seed(0)
     inputs = {

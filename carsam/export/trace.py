@@ -1,0 +1,175 @@
+"""A model's halves as ONNX graphs: traced with marks, and the marks filled in."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from carsam.export.attention import Call, lower_attention
+from carsam.export.graph import OPSET, Stretch
+from carsam.export.layers import Lowered, lower_layer
+from carsam.export.markers import ATTENTION, DOMAIN, marked
+from carsam.models.attention import MatMulQuantizers
+from carsam.models.family import Family
+
+# Smaller floating-point constants are kept as they are.
+HALF_ELEMENTS = 256
+# Points of a traced prompt; their number is free in the graph.
+POINTS = 3
+
+
+@dataclass(frozen=True)
+class Half:
+    """A graph with how its quantized sites came out, in the order of execution."""
+
+    graph: onnx.GraphProto
+    lowered: tuple[Lowered, ...]
+
+
+@dataclass(frozen=True)
+class Core:
+    """Both halves without anything around them.
+
+    Attributes:
+        encoder: ``pixel_values`` (1, 3, S, S) to the tensors named ``names``.
+        decoder: These and ``points`` (B, N, 2), ``labels`` (B, N), ``mask`` (M, 1, h, w), ``has_mask`` (1,) to
+            ``logits`` (B, K, h, w) and ``iou`` (B, K).
+        names: Of the tensors between.
+        shapes: Of these tensors.
+        side: S.
+        low_res: Side of a mask.
+    """
+
+    encoder: Half
+    decoder: Half
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    side: int
+    low_res: int
+
+
+@torch.no_grad()
+def trace(model: nn.Module, family: Family) -> Core:
+    """Traces both halves of a model.
+
+    Args:
+        model: Packed or float, on the CPU.
+        family: Its family.
+
+    Raises:
+        ConfigError: The family gives no halves; a grid has no ONNX form.
+    """
+    side, low_res = family.image_size(model), family.low_res_size(model)
+    halves = family.halves(model)
+    pixels = torch.zeros(1, 3, side, side)
+    with marked(model) as sites:
+        between = halves.encoder(pixels)
+        shapes = tuple(tuple(tensor.shape) for tensor in between)
+        encoder = _traced(halves.encoder, (pixels,), ("pixel_values",), halves.names, {})
+        points, labels = torch.zeros(1, POINTS, 2), torch.ones(1, POINTS)
+        prompts = (points, labels, torch.zeros(1, 1, low_res, low_res), torch.zeros(1))
+        names = ("points", "labels", "mask", "has_mask")
+        free = {"points": {0: "prompts", 1: "count"}, "labels": {0: "prompts", 1: "count"}}
+        free |= {"mask": {0: "masks"}, "has_mask": {0: "masks"}}
+        free |= {"logits": {0: "prompts"}, "iou": {0: "prompts"}}
+        # Some tensors per prompt: a dimension of 1 in the trace is a constant in what PyTorch writes.
+        decoder = _traced(halves.decoder, (*between, *prompts), (*halves.names, *names), ("logits", "iou"), free)
+    packed = any(not isinstance(site, MatMulQuantizers) for site in sites.values())
+    parts = [_filled(graph, sites, half_precision=packed) for graph in (encoder, decoder)]
+    return Core(parts[0], parts[1], halves.names, shapes, side, low_res)
+
+
+def _traced(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    names: Sequence[str],
+    outputs: Sequence[str],
+    free: Mapping[str, Mapping[int, str]],
+) -> onnx.GraphProto:
+    """PyTorch's tracing exporter: its own messages are about models written by hand."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            inputs,
+            buffer,
+            input_names=list(names),
+            output_names=list(outputs),
+            dynamic_axes={name: dict(axes) for name, axes in free.items()},
+            opset_version=OPSET,
+            do_constant_folding=False,
+            custom_opsets={DOMAIN: 1},
+            dynamo=False,
+        )
+    return onnx.load_from_string(buffer.getvalue()).graph
+
+
+def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_precision: bool) -> Half:
+    """Puts the integer form of every site in the place of its mark."""
+    nodes: list[onnx.NodeProto] = []
+    constants: list[onnx.TensorProto] = []
+    lowered = []
+    for node in graph.node:
+        if node.domain != DOMAIN:
+            nodes.append(node)
+            continue
+        found = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        name = found["name"].decode()
+        stretch = Stretch(name)
+        if node.op_type == ATTENTION:
+            lowered.append(lower_attention(stretch, sites[name], _call(node, found)))
+        else:
+            shapes = found["input"], found["output"]
+            lowered.append(lower_layer(stretch, sites[name], node.input[0], node.output[0], shapes))
+        nodes += stretch.nodes
+        constants += stretch.constants
+    halved = []
+    kept = []
+    for tensor in graph.initializer:
+        smaller = _halved(tensor) if half_precision else None
+        if smaller is None:
+            kept.append(tensor)
+            continue
+        kept.append(smaller)
+        halved.append(
+            helper.make_node("Cast", [smaller.name], [tensor.name], name=f"{tensor.name}/Cast", to=TensorProto.FLOAT)
+        )
+    result = helper.make_graph([*halved, *nodes], graph.name, graph.input, graph.output, [*kept, *constants])
+    return Half(result, tuple(lowered))
+
+
+def _call(node: onnx.NodeProto, found: Mapping) -> Call:
+    query, key, value, *more = node.input
+    sides = tuple(found["sides"])
+    return Call(
+        query,
+        key,
+        value,
+        node.output[0],
+        found["scaling"],
+        tuple(tuple(found[which]) for which in ("query", "key", "value")),
+        mask=more[0] if len(more) == 1 else "",
+        relative=tuple(more) if len(more) == 2 else (),
+        sides=sides,
+    )
+
+
+def _halved(tensor: onnx.TensorProto) -> onnx.TensorProto | None:
+    """A float32 constant as float16, if that loses nothing: packed folders hold in float16 what is not quantized."""
+    if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < HALF_ELEMENTS:
+        return None
+    values = numpy_helper.to_array(tensor)
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), values):
+        return None
+    return numpy_helper.from_array(half, f"{tensor.name}/half")
