@@ -127,6 +127,7 @@ def describe(source: str | Path, model: Any, family: Family, profile: str) -> Su
         slug,
         title,
         family.name,
+        family.onnx_files,
         normalisation_of(model),
         weight_bits,
         config,

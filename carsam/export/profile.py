@@ -25,6 +25,7 @@ class Subject:
         name: For files: letters, digits, dots and dashes.
         title: For people.
         family: Name of its family.
+        onnx_files: See :class:`carsam.models.family.Family`.
         normalisation: Of its pixels.
         bits: Of its weights, the most there are; 16 for a float model.
         config: ``config.json`` of the float model.
@@ -35,6 +36,7 @@ class Subject:
     name: str
     title: str
     family: str
+    onnx_files: tuple[str, ...]
     normalisation: Normalisation
     bits: int
     config: Mapping[str, Any]

@@ -103,6 +103,7 @@ class Family(ABC):
     Attributes:
         name: Of the folder.
         names: How its modules are called for people, and what ``model_type`` in ``config.json`` may say.
+        onnx_files: What transformers.js calls the files of encoder and decoder; empty where it has no such model.
         model_class: transformers' class, or one derived from it; the most specific one that a model is an instance of
             decides its family.
         stretched: Whether an image is stretched to the square input; otherwise its longest side fits, and zeros fill

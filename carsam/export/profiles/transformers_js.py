@@ -29,7 +29,7 @@ class TransformersJs(Profile):
     tool: ClassVar[str] = "transformers.js"
 
     def check(self, subject: Subject, names: tuple[str, ...], side: int) -> None:
-        if subject.family != "sam":
+        if not subject.onnx_files:
             raise ConfigError(
                 f"transformers.js has no model for the family {subject.family}; export with --profile onnx and run the "
                 "pair with onnxruntime-web."
@@ -37,9 +37,10 @@ class TransformersJs(Profile):
 
     def files(self, subject: Subject, core: Core) -> Files:
         suffix = "" if subject.bits >= 16 else "_q4" if subject.bits <= 4 else "_quantized"
+        encoder, decoder = subject.onnx_files
         return {
-            f"onnx/vision_encoder{suffix}.onnx": self._encoder(subject, core),
-            f"onnx/prompt_encoder_mask_decoder{suffix}.onnx": self._decoder(subject, core),
+            f"onnx/{encoder}{suffix}.onnx": self._encoder(subject, core),
+            f"onnx/{decoder}{suffix}.onnx": self._decoder(subject, core),
             "config.json": json.dumps(subject.config, indent=2, ensure_ascii=False) + "\n",
             "preprocessor_config.json": json.dumps(subject.preprocessor, indent=2, ensure_ascii=False) + "\n",
         }

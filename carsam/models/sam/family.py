@@ -35,6 +35,7 @@ class Sam(Family):
 
     name = "sam"
     names = SamNames()
+    onnx_files = ("vision_encoder", "prompt_encoder_mask_decoder")
 
     @property
     def model_class(self) -> type[PreTrainedModel]:

@@ -35,6 +35,7 @@ class TinyVit(Sam):
 
     name = "tinyvit"
     names = TinyVitNames()
+    onnx_files = ()
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
