@@ -58,27 +58,32 @@ def moving_still(image: Tensor, seed: int, frames: int) -> Tensor:
 
 
 def follow(
-    model: nn.Module, frames: Tensor, boxes: Tensor | None = None, masks: Tensor | None = None
+    model: nn.Module,
+    frames: Tensor,
+    boxes: Tensor | None = None,
+    masks: Tensor | None = None,
+    objects: int = OBJECTS,
 ) -> list[dict[int, Tracked]]:
     """Follows objects through a clip, as prediction does, from the first frame on.
 
     Args:
         model: The model, in whatever state of quantization it is.
         frames: (T, 3, S, S), preprocessed.
-        boxes: (N, 4) XYXY in pixels of the input frame, where there are no masks; the largest two are followed.
+        boxes: (N, 4) XYXY in pixels of the input frame, where there are no masks.
         masks: (N, S, S), 1 inside; they come before boxes.
+        objects: How many are followed, the largest first.
 
     Returns:
         What is found on each frame.
     """
     tracker = Sam2Tracker(model, frames.to(model.device))
     if masks is not None:
-        order = masks.flatten(1).sum(1).argsort(descending=True, stable=True)[:OBJECTS].tolist()
+        order = masks.flatten(1).sum(1).argsort(descending=True, stable=True)[:objects].tolist()
         for index in order:
             tracker.prompt_mask(index, 0, masks[index])
     else:
         sides = boxes[:, 2:] - boxes[:, :2]
-        order = sides.prod(1).argsort(descending=True, stable=True)[:OBJECTS].tolist()
+        order = sides.prod(1).argsort(descending=True, stable=True)[:objects].tolist()
         for index in order:
             tracker.prompt_points(index, 0, boxes[index].view(2, 2), torch.tensor([2, 3]))
     return [tracker.step(index) for index in range(len(frames))]

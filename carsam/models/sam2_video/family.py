@@ -20,7 +20,7 @@ from carsam.models.family import DECODER, ENCODED, ENCODER, Part, Tensors
 from carsam.models.sam import decoder
 from carsam.models.sam2.family import Sam2
 from carsam.models.sam2_video import memory
-from carsam.models.sam2_video.clips import calls_of, follow, moving_still
+from carsam.models.sam2_video.clips import OBJECTS, calls_of, follow, moving_still
 from carsam.models.sam2_video.names import Sam2VideoNames
 from carsam.models.sam2_video.tracking import Sam2Tracker
 from carsam.models.sites import Sites
@@ -74,16 +74,21 @@ class Sam2Video(Sam2):
 
         return as_clips(data, moving_still)
 
-    def follow(self, model: nn.Module, image: CalibrationImage) -> None:
-        """Follows the objects of a clip; a still image moves for it."""
+    def follow(self, model: nn.Module, image: CalibrationImage, objects: int = OBJECTS) -> None:
+        """Follows the largest objects of a clip; a still image moves for it."""
         frames = getattr(image, "frames", None)
         if frames is None:
             frames = moving_still(image.pixel_values, 0, 8)
-        follow(model, frames, image.boxes, getattr(image, "masks", None))
+        follow(model, frames, image.boxes, getattr(image, "masks", None), objects)
 
     def forward(self, model: nn.Module, image: CalibrationImage) -> None:
         with torch.no_grad():
-            self.follow(model, image)
+            age = getattr(image, "age", None)
+            if age is None:
+                self.follow(model, image)
+            # Observers keep something of every pass, and a clip has many: half of the clips, one object each, will do.
+            elif age >= model.config.num_maskmem:
+                self.follow(model, image, objects=1)
         super().forward(model, image)
 
     def track(self, model: nn.Module, frames: Frames) -> Tracker:
