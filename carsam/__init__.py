@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from carsam.config import CalibrationConfig, QuantizeConfig
     from carsam.data.images.reading import read_image
     from carsam.evaluate.coco_metrics import CocoResult, evaluate_coco
+    from carsam.evaluate.video import VideoResult, evaluate_videos
     from carsam.models.load import load_model
     from carsam.pack.checkpoint import load
     from carsam.pipeline import QuantizeResult, quantize
     from carsam.predict.automatic_masks import SamAutomaticMaskGenerator
     from carsam.predict.predictor import SamPredictor
     from carsam.predict.segment_anything import as_segment_anything
+    from carsam.predict.video import SamVideoPredictor
     from carsam.prompts.calibration import CalibrationImage, CalibrationSet, calibration_set
 
 # Threads that wait must sleep, not spin: beside any other busy process, OpenMP's spinning makes the thousands of small
@@ -47,9 +49,12 @@ _PLACES = {
     "QuantizeResult": "carsam.pipeline",
     "SamAutomaticMaskGenerator": "carsam.predict.automatic_masks",
     "SamPredictor": "carsam.predict.predictor",
+    "SamVideoPredictor": "carsam.predict.video",
     "as_segment_anything": "carsam.predict.segment_anything",
     "calibration_set": "carsam.prompts.calibration",
+    "VideoResult": "carsam.evaluate.video",
     "evaluate_coco": "carsam.evaluate.coco_metrics",
+    "evaluate_videos": "carsam.evaluate.video",
     "load": "carsam.pack.checkpoint",
     "load_model": "carsam.models.load",
     "quantize": "carsam.pipeline",
@@ -67,10 +72,13 @@ __all__ = [
     "QuantizeResult",
     "SamAutomaticMaskGenerator",
     "SamPredictor",
+    "SamVideoPredictor",
+    "VideoResult",
     "as_segment_anything",
     "calibration_set",
     "errors",
     "evaluate_coco",
+    "evaluate_videos",
     "load",
     "load_model",
     "quantize",
