@@ -48,6 +48,8 @@ def predict_logits(
         ValueError: Shapes do not fit, a number is not finite, a label is unknown, or a box is upside down.
     """
     check_prompts(mask_side(model), points, labels, boxes, masks)
+    # Labels choose rows of a table here; predictors bring them as floating-point numbers.
+    labels = None if labels is None else labels.long()
     sparse, dense = embed_prompts(model.prompt_encoder, points, labels, boxes, masks)
     count, decoder = sparse.shape[0], model.mask_decoder
     *finer, embedding = unfold(image_embeddings.to(model.device))

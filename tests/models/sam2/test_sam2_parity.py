@@ -8,7 +8,10 @@ from transformers import Sam2Model, Sam2VideoModel
 from carsam.errors import CheckpointError
 from carsam.models.forward import encode_image, predict_logits
 from carsam.models.load import load_model
-from carsam.models.sam2.meta import META_POINTS, sam2_from_meta, state_dict_to_meta
+from carsam.models.sam2.meta import META_POINTS, infer_config, sam2_from_meta, state_dict_to_meta
+from carsam.models.sam2.random import sam2_config
+from carsam.models.sam2.sizes import ARCHITECTURES
+from carsam.models.skeleton import skeleton
 
 # A quarter of the published side: windows of 14 are padded, as at 1024 px.
 SIDE, SIZE = 256, (90, 120)
@@ -138,3 +141,13 @@ def test_not_a_sam_2(meta, make, message):
 def test_impossible_image_sizes(meta, size):
     with pytest.raises(CheckpointError, match=f"cannot take images of {size} pixels"):
         sam2_from_meta(meta.state_dict(), "the file", size)
+
+
+@pytest.mark.parametrize(("size", "known"), ARCHITECTURES.items())
+@pytest.mark.parametrize("version", ["2.0", "2.1"])
+def test_published_sizes_are_read_from_shapes(size, known, version):
+    """Without weights: a state of the shapes of each published model gives its configuration back."""
+    config = sam2_config(size, 1024, video=True, version=version)
+    found = infer_config(state_dict_to_meta(skeleton(Sam2VideoModel, config)))
+    assert found.to_dict() == config.to_dict()
+    assert found.vision_config.backbone_config.blocks_per_stage == list(known.blocks)

@@ -147,6 +147,8 @@ def test_predictor_takes_an_oblong_image(embedded):
     again, _, _ = predictor.predict(box=np.array([10, 10, 90, 50]), mask_input=low_res[:1], multimask_output=False)
     assert again.shape == (1, 60, 100)
     assert predictor.predict(box=np.zeros((0, 4)))[0].shape == (0, 60, 100)
+    points, labels = np.array([[50, 30], [10, 10]]), np.array([1, 0])
+    assert predictor.predict(points, labels, multimask_output=False)[0].shape == (1, 60, 100)
     with pytest.raises(CheckpointError, match="no segment_anything form"):
         carsam.as_segment_anything(embedded)
 
