@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                          # ViT-B, hours on two cores
     python benchmarks/memory.py --blocks 3 --boxes 2     # its kinds of block and the decoder, a quarter of an hour
+    python benchmarks/memory.py --size sam2-tiny --images 4 --boxes 2
 
 With ``--blocks`` the encoder keeps its first blocks only (two windowed, then a global one). What the others would add
 is their weights in the float and the quantized model and their codes, which is printed and added; caches are of one
@@ -14,10 +15,10 @@ import time
 
 import options
 from calibration import random_data
+from random_models import config_of, random_model
 
 import carsam
 from carsam.config import QuantizeConfig
-from carsam.models.sam.random import random_sam, sam_config
 from carsam.models.skeleton import skeleton
 from carsam.run.memory import peak_memory
 
@@ -34,8 +35,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--cache-gb", type=float, default=6.0)
     arguments = options.parse(parser)
-    model = random_sam(arguments.size, blocks=arguments.blocks).requires_grad_(False)
-    whole = skeleton(type(model), sam_config(arguments.size))
+    model = random_model(arguments.size, arguments.blocks).requires_grad_(False)
+    whole = skeleton(type(model), config_of(arguments.size))
     left_out = whole.num_parameters() - model.num_parameters()
     data = random_data(1024, arguments.images, arguments.boxes)
     settings = {"reconstruction": {"steps": arguments.steps, "decoder_steps": arguments.steps}}

@@ -215,7 +215,7 @@ def test_file_of_another_kind(content, tmp_path):
 
 BAD_CONFIG = {
     "other model": ({"model_type": "clip"}, "'clip', not \"sam\""),
-    "SAM 2": ({"model_type": "sam2_video"}, r"does not describe a SAM 2: it has no vision_config\.backbone_config"),
+    "SAM 2": ({"model_type": "sam2_video"}, r"does not describe a SAM 2: vision_config\.backbone_config"),
     "carsam": ({"quantization_config": {"quant_method": "carsam"}}, r"already quantized by carsam; .*carsam\.load\("),
     "other method": ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
     "wrong width": (

@@ -120,8 +120,6 @@ def _unusable(config: Mapping[str, Any], *, complete: bool = False) -> str:
     backbone = vision.get(BACKBONE) if isinstance(vision, Mapping) else None
     sections = {VISION: vision, f"{VISION}.{BACKBONE}": backbone}
     sections |= {name: config.get(name) for name in (PROMPT, DECODER)}
-    if vision is None or backbone is None:
-        return f"it has no {VISION}.{BACKBONE}"
     for name, section in sections.items():
         if not isinstance(section, Mapping) and not (section is None and not complete):
             return f"{name} is {str(section)[:40]!r}, not a mapping"
@@ -129,6 +127,7 @@ def _unusable(config: Mapping[str, Any], *, complete: bool = False) -> str:
         for key, value in (section or {}).items():
             if why := _unusable_number(key, value):
                 return f"{name}.{key} is {str(value)[:40]}; it must be {why}".removeprefix(".")
+    vision, backbone = vision or {}, backbone or {}
     for key in PER_STAGE:
         values = backbone.get(key)
         if values is None and not complete:

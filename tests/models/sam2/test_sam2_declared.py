@@ -98,7 +98,9 @@ LISTS = {
     "other input of the memory": (MEMORY, {"image_size": 512}, "they must be the same"),
     "oblong": (PROMPT, {"image_size": [256, 512]}, "must be a square"),
     "wider": (DECODER, {"mlp_dim": 1024}, r"makes mask_decoder\.transformer.* but its weights have"),
-    "no vision": ((), {"vision_config": None}, "it has no vision_config"),
+    "no vision": ((), {"vision_config": None}, "backbone_feature_sizes .* are not those of an input of 256"),
+    "vision is a number": ((), {"vision_config": 3}, "vision_config is '3', not a mapping"),
+    "no backbone": (VISION, {"backbone_config": None}, "backbone_channel_list"),
     "a list": ((), {"mask_decoder_config": [1]}, "mask_decoder_config is '\\[1\\]', not a mapping"),
 }
 
