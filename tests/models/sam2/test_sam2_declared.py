@@ -40,10 +40,10 @@ def declared(path, **changes):
 
 
 def refused(shapes, config, message=""):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(CheckpointError, match=rf"config\.json of X .*{message}"):
         check_declared(Sam2VideoModel, config, shapes, "X")
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_the_embedded_models_own_is_fine(shapes):

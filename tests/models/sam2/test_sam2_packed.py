@@ -86,7 +86,7 @@ def test_predict(folders, tmp_path):
     photo = EVALUATION_IMAGES / "000000000885.jpg"
     with Image.open(photo) as image:
         size = image.size
-    for name, flags in {"boxes": ("--box", "10,20,200,220"), "everything": ("--everything",)}.items():
+    for name, flags in {"boxes": ("--box", "10,20,200,220"), "points": ("--point", "100,100")}.items():
         run("predict", folders[1], photo, *flags, "--out", tmp_path / name, "--device", "cpu")
         (overlay,) = (tmp_path / name).rglob("*_overlay.png")
         assert Image.open(overlay).size == size
