@@ -95,7 +95,7 @@ def open_pair(
     for model in (source, packed):  # the same pixels for both, or their difference would be the pixels'
         set_normalisation(model, normalisation)
     check_pair(source, packed, str(float_model), str(quantized))
-    sites = find_sites(source)
+    sites = find_sites(source).on_images()  # a memory is not looked at: no image reaches it
     return Pair(source, float_form(source, sites), packed, sites, method, recipe.get("decoder_only") is True)
 
 
@@ -161,7 +161,10 @@ def layout_plan(packed: PreTrainedModel, sites: Sites) -> BitPlan:
     for site in sites.layers:
         spec = layout["layers"].get(site.name)
         overrides.append((site.name, Bits(spec["weight"], spec["input"]["bits"]) if spec else Bits(16, 16)))
+    known = {site.name for site in sites.attentions}
     for name, operands in layout["attentions"].items():
+        if name not in known:
+            continue
         overrides += [(f"{name}.{which}", Bits(16, spec["bits"])) for which, spec in operands.items()]
     return BitPlan(Bits(16, 16), tuple(overrides))
 

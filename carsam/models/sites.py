@@ -179,6 +179,20 @@ class Sites:
             residual="the image encoder stays in floating point",
         )
 
+    def on_images(self) -> Sites:
+        """The sites that an image with its prompts meets: all but those of a video's memory."""
+
+        def outside(path: str) -> bool:
+            return not any(path == stage or path.startswith(stage + ".") for stage in self.memory_stages)
+
+        return replace(
+            self,
+            layers=tuple(site for site in self.layers if outside(site.name)),
+            attentions=tuple(site for site in self.attentions if outside(site.name)),
+            readers=tuple(pair for pair in self.readers if outside(pair[1])),
+            memory_stages=(),
+        )
+
     @property
     def names(self) -> tuple[str, ...]:
         """Every name that a bit setting can match: weights (a layer's path) and activation sites."""

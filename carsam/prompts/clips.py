@@ -33,7 +33,7 @@ class PromptedClip(PromptedImage):
     Attributes:
         frames: ``(T, 3, S, S)`` float32, preprocessed, on the CPU; the first one is ``pixel_values``.
         masks: ``(N, S, S)`` bool, objects on the first frame; None where boxes show them.
-        age: How many of its maps the memory holds on the frames that calibrate reading it.
+        age: How many of its maps the memory holds on the frame that calibrates reading it; that is the last one used.
         tracked: The mask decoder is calibrated on frames whose objects come from memory; with boxes otherwise.
     """
 

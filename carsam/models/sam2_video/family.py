@@ -78,7 +78,9 @@ class Sam2Video(Sam2):
         """Follows the largest objects of a clip; a still image moves for it."""
         frames = getattr(image, "frames", None)
         if frames is None:
-            frames = moving_still(image.pixel_values, 0, 8)
+            frames = moving_still(image.pixel_values, 0, model.config.num_maskmem + 1)
+        else:
+            frames = frames[: image.age + 1]  # what comes later calibrates nothing
         follow(model, frames, image.boxes, getattr(image, "masks", None), objects)
 
     def forward(self, model: nn.Module, image: CalibrationImage) -> None:
