@@ -10,7 +10,7 @@ from carsam.methods.ptq4sam import Ptq4SamParts
 from carsam.methods.qdrop import QDrop
 from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION, Sites
 from carsam.quantizers import GroupedQuantizer, HybridQuantizer, SiteQuantizer
-from carsam.quantizers.grouped import GROUP_BY
+from carsam.quantizers.grouped import GROUP_BY, MERGED_BY
 from carsam.reconstruct.units import Unit
 
 
@@ -28,6 +28,8 @@ class AhcPtq(Ptq4SamParts, QDrop):
         progressive: Channels are grouped while their steps are learned; otherwise once, before.
         group_by: What groups of channels have in common: ``grids`` or ``ranges``
             (:func:`carsam.quantizers.grouped.group_grids`).
+        merged_by: The step of a merged group: the ``mean`` of its members', as in the public code, whose thousands of
+            steps mend what a mean clips, or that of least ``error``, which short schedules need.
     """
 
     name: ClassVar[str] = "ahcptq"
@@ -37,31 +39,36 @@ class AhcPtq(Ptq4SamParts, QDrop):
     groups: int = 4
     progressive: bool = True
     group_by: str = "grids"
+    merged_by: str = "error"
 
     def __post_init__(self):
         super().__post_init__()
         if not 1 <= self.groups <= 255:
             raise ConfigError(f"groups must lie in 1 to 255, not {self.groups}.")
-        if self.group_by not in GROUP_BY:
-            raise ConfigError(f"unknown group_by {self.group_by!r}; choose from {', '.join(GROUP_BY)}.")
+        for setting, allowed in (("group_by", GROUP_BY), ("merged_by", MERGED_BY)):
+            value = getattr(self, setting)
+            if value not in allowed:
+                raise ConfigError(f"unknown {setting} {value!r}; choose from {', '.join(allowed)}.")
 
     @property
     def notes(self) -> str:
         parts = [super().notes, "MLP inputs log-uniform, large values kept" if self.hybrid else ""]
         if self.groups > 1:
-            once = "" if self.progressive else ", grouped once"
-            parts.append(f"projections per group of input channels{once}")
+            merged = ", merged by least error" if self.merged_by == "error" else ""
+            how = merged if self.progressive else ", grouped once"
+            parts.append(f"projections per group of input channels{how}")
         return "; ".join(part for part in parts if part)
 
     def quantizer_for(self, site: str, bits: int, role: str) -> SiteQuantizer:
         if self.hybrid and role == MLP_OUT:
             return HybridQuantizer(bits)
         if self.groups > 1 and role in (PROJECTION, MLP_IN):
-            return GroupedQuantizer(bits, groups=self.groups, progressive=self.progressive, by=self.group_by)
+            options = {"progressive": self.progressive, "by": self.group_by, "merged_by": self.merged_by}
+            return GroupedQuantizer(bits, groups=self.groups, **options)
         return super().quantizer_for(site, bits, role)
 
     def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
         settings = {**super().unit_settings(unit, sites), "hybrid": self.hybrid, "groups": self.groups}
         if self.groups > 1:
-            settings |= {"progressive": self.progressive, "group_by": self.group_by}
+            settings |= {name: getattr(self, name) for name in ("progressive", "group_by", "merged_by")}
         return settings

@@ -20,6 +20,11 @@ SCHEDULE = ((0.2, 8), (0.4, 4), (0.6, 2), (0.8, 1))
 # What k-means tells channels apart by: the steps and zero points of their grids as they are (the public code's), or
 # the ends of their grids, which are on one scale.
 GROUP_BY = ("grids", "ranges")
+# The grid of a merged group: the mean of its members' (the public code's), or that with the step of least error.
+MERGED_BY = ("mean", "error")
+# Times the mean step that are tried for it: a mean clips the widest members, which few steps of learning cannot mend.
+MERGED_FACTORS = torch.logspace(-1, 2, 19, base=2)
+MERGED_VALUES = 64
 # Values that stand for a channel in the search of its range, and shares of each end that are tried in a round.
 CHANNEL_VALUES, CHANNEL_SHARES = 512, 8
 
@@ -43,6 +48,7 @@ class GroupedQuantizer(SiteQuantizer):
         channels: Channels of the site where known (a packed model); calibration finds them otherwise.
         progressive: Group while steps are learned; otherwise once, before.
         by: What groups have in common, one of :data:`GROUP_BY`.
+        merged_by: The grid of a merged group, one of :data:`MERGED_BY`.
     """
 
     grid = "grouped"
@@ -59,12 +65,14 @@ class GroupedQuantizer(SiteQuantizer):
         channels: int = 0,
         progressive: bool = False,
         by: str = "ranges",
+        merged_by: str = "error",
     ):
         super().__init__(bits, always=always)
-        assert by in GROUP_BY, by
-        self.groups, self.progressive, self.by = groups, progressive, by
-        # Step and zero point of every channel as observed; and, while they are learned, what is in force.
-        self.observed: tuple[Tensor, Tensor] | None = None
+        assert by in GROUP_BY and merged_by in MERGED_BY, (by, merged_by)
+        self.groups, self.progressive, self.by, self.merged_by = groups, progressive, by, merged_by
+        # Step and zero point of every channel as observed, with some values of each (channels, n); and, while steps are
+        # learned, what is in force.
+        self.observed: tuple[Tensor, Tensor, Tensor] | None = None
         self._merging: _Merging | None = None
         if bits < 16:
             self.register_buffer("scale", torch.full((groups,), float("nan")))
@@ -95,8 +103,8 @@ class GroupedQuantizer(SiteQuantizer):
         if not self.progressive or self.observed is None:
             return super().learn_scale(relative=relative)
         self.relative = relative
-        scale, zero = self.observed
-        self._merging = _Merging(zero)
+        scale, zero, values = self.observed
+        self._merging = _Merging(zero, values)
         self.learned = nn.Parameter(self._stored(scale))
         return self.learned
 
@@ -120,6 +128,8 @@ class GroupedQuantizer(SiteQuantizer):
             if groups < merging.zero.numel():
                 scale, zero, group = group_grids(self.step(), merging.zero, groups, self.bits, self.by)
                 merging.merge(zero[group], group, groups)
+                if self.merged_by == "error":
+                    scale = scale * merging.best_factors(scale[group], self.bits)
                 self.learned.copy_(self._stored(scale[group]))
                 changed = True
         return changed
@@ -166,10 +176,15 @@ class GroupedQuantizer(SiteQuantizer):
 
 
 class _Merging:
-    """Channels on their way into groups: zero points in force (channels,), and who shares a step with whom."""
+    """Channels on their way into groups: zero points in force (channels,), and who shares a step with whom.
 
-    def __init__(self, zero: Tensor):
-        self.zero, self.stage = zero, 0
+    Args:
+        zero: Zero points to begin with.
+        values: (channels, n) values that stand for each channel.
+    """
+
+    def __init__(self, zero: Tensor, values: Tensor):
+        self.zero, self.values, self.stage = zero, values, 0
         self.group: Tensor | None = None
         self._members: Tensor | None = None
         self._means: Tensor | None = None
@@ -180,6 +195,20 @@ class _Merging:
         members = nn.functional.one_hot(group, groups).to(zero.dtype)
         # Products with whole matrices, as sums by index have no fixed order on a GPU.
         self._members, self._means = members, (members / members.sum(0).clamp(min=1)).T.contiguous()
+
+    def best_factors(self, scale: Tensor, bits: int) -> Tensor:
+        """Factors of the groups' steps for the least squared error on all members' values, (groups,).
+
+        Args:
+            scale: (channels,) steps, those of a group alike.
+            bits: Bits of a code.
+        """
+        factors, zero = MERGED_FACTORS.to(scale), self.zero[:, None]
+        errors = []
+        for factor in factors:
+            step = (scale * factor)[:, None]
+            errors.append(decode(encode(self.values, step, zero, bits), step, zero).sub_(self.values).square_().sum(1))
+        return factors[(torch.stack(errors) @ self._members).argmin(0)]
 
     def shared(self, values: Tensor) -> Tensor:
         """The mean of each channel's group, (channels,) to (channels,)."""
@@ -215,7 +244,8 @@ class ChannelRecord(Record):
         lows, highs = torch.stack(self.lows).float(), torch.stack(self.highs).float()
         sample, bits, device = torch.cat(self.samples), quantizer.bits, quantizer.scale.device
         grids = channel_grids(observer, lows.to(device), highs.to(device), sample.to(device), bits)
-        quantizer.observed = grids
+        ranked = sample.to(device).sort(dim=0).values
+        quantizer.observed = (*grids, ranked[block_middles(ranked, MERGED_VALUES)].T.contiguous())
         *_, group = group_grids(*grids, quantizer.groups, bits, quantizer.by)
         group = group.cpu()
         found = []
@@ -251,6 +281,12 @@ def channel_grids(observer: str, lows: Tensor, highs: Tensor, sample: Tensor, bi
     return grid_from_range(low, high, bits)
 
 
+def block_middles(ranked: Tensor, most: int) -> Tensor:
+    """The middle ranks of at most so many blocks of equal size, for values sorted along the first dimension."""
+    blocks = min(len(ranked), most)
+    return ((torch.arange(blocks, device=ranked.device) + 0.5) * (len(ranked) / blocks)).long()
+
+
 def mse_grids(ranked: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """For each of many channels the grid of least squared error on its values, both ends shrunk independently.
 
@@ -264,12 +300,10 @@ def mse_grids(ranked: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Ten
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     # The middles of blocks of equal rank stand for these; both ends stand for themselves alone.
-    count = len(ranked)
-    blocks = min(count, CHANNEL_VALUES)
-    middles = ((torch.arange(blocks, device=ranked.device) + 0.5) * (count / blocks)).long()
+    middles = block_middles(ranked, CHANNEL_VALUES)
     values = torch.cat([ranked[:1], ranked[middles], ranked[-1:]]).T.contiguous()
-    weights = torch.ones(blocks + 2, device=ranked.device)
-    weights[1:-1] = count / blocks
+    weights = torch.ones(len(middles) + 2, device=ranked.device)
+    weights[1:-1] = len(ranked) / len(middles)
     best_low, best_high = torch.ones_like(low), torch.ones_like(high)
     factor = 1.3 / (CHANNEL_SHARES - 1)
     for shares in (torch.logspace(-1.3, 0, CHANNEL_SHARES), torch.logspace(-factor, factor, CHANNEL_SHARES)):

@@ -155,7 +155,7 @@ def test_interrupted_and_resumed_it_gives_what_it_would_have_given(name, nano, s
         (
             "ahcptq",
             {"hybrid": False, "softmax": "uniform", "bimodal_rule": "published"},
-            "projections per group of input channels",
+            "projections per group of input channels, merged by least error",
         ),
         ("ahcptq", {"hybrid": False, "groups": 1, "bimodal_integration": False}, "P in log2 codes"),
         (

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from carsam.calibrate.observers import RangeRecorder
 from carsam.quantizers import GroupedQuantizer, simulate
 from carsam.quantizers.affine import grid_from_range
-from carsam.quantizers.grouped import SCHEDULE, channel_grids, group_grids, k_means
+from carsam.quantizers.grouped import MERGED_BY, SCHEDULE, channel_grids, group_grids, k_means
 from carsam.quantizers.ranges import OBSERVERS, mse_grid
 
 CHANNELS = 6
@@ -142,6 +142,23 @@ def test_channels_come_together_while_their_steps_are_learned():
     again = GroupedQuantizer(**{k: v for k, v in quantizer.spec().items() if k != "grid"}, always=True)
     again.load_state_dict(quantizer.state_dict())
     assert again.fault() == "" and torch.equal(again.decode(again.encode(x)), quantizer.decode(quantizer.encode(x)))
+
+
+def test_a_merged_group_does_not_clip_its_wide_members():
+    x = samples() * torch.tensor([1.0, 4, 2, 0.3, 0.1, 9])
+    errors = {}
+    for merged_by in MERGED_BY:
+        quantizer = calibrated(x, groups=1, progressive=True, merged_by=merged_by)
+        quantizer.learn_scale()
+        means = channel_grids("mse", x.amin(0)[None], x.amax(0)[None], x, 4)[0].mean()
+        quantizer.settle()
+        with simulate(activations=True):
+            errors[merged_by] = float((quantizer(x) - x).square().mean())
+        if merged_by == "mean":
+            torch.testing.assert_close(quantizer.scale[0], means)
+    scale, zero = mse_grid(x.flatten(), x.min(), x.max(), 4)
+    best = float((((x / scale).round() + zero).clamp(0, 15).sub(zero) * scale - x).square().mean())
+    assert errors["error"] < 0.5 * errors["mean"] and errors["error"] < 1.5 * best, "zero points are the members'"
 
 
 def test_without_a_step_there_are_as_many_groups_in_the_end():
