@@ -76,8 +76,8 @@ def test_error_of_pv_is_not_above_that_of_the_best_uniform_grid_over_the_same_ra
 
     steps = COARSE * probs.max() / 15
     uniform = min(error((probs / step).round().clamp(0, 15) * step) for step in steps)
-    # The search rounds rows and values to half precision.
-    assert error(quantizer.round(probs, quantizer.scale)) <= 1.05 * uniform + 1e-5
+    # The search sees a part of the rows, rounded to half precision: on few values it can miss the best by some percent.
+    assert error(quantizer.round(probs, quantizer.scale)) <= 1.15 * uniform + 1e-5
     assert 0.0999 * probs.max() <= quantizer.scale <= 1.0001 * probs.max()
 
 
