@@ -34,6 +34,13 @@ def to_original(graph: Stretch, masks: str, size: str, frame: int, out: str) -> 
     _resize(graph, cropped, sizes, out)
 
 
+def stretched_to_original(graph: Stretch, masks: str, size: str, out: str) -> None:
+    """Mask logits (B, K, h, w) over an image that was stretched to the frame, at its original size (B, K, H, W)."""
+    lead = graph.node("Slice", graph.node("Shape", masks), _ints(graph, [0]), _ints(graph, [2]))
+    sizes = graph.node("Concat", lead, graph.node("Cast", size, to=TensorProto.INT64), axis=0)
+    _resize(graph, masks, sizes, out)
+
+
 def to_side(graph: Stretch, masks: str, side: int, out: str) -> None:
     """Mask logits (B, K, h, w) as (B, K, side, side)."""
     lead = graph.node("Slice", graph.node("Shape", masks), _ints(graph, [0]), _ints(graph, [2]))

@@ -73,7 +73,7 @@ def trace(model: nn.Module, family: Family) -> Core:
     with marked(model) as sites:
         between = halves.encoder(pixels)
         shapes = tuple(tuple(tensor.shape) for tensor in between)
-        encoder = _traced(halves.encoder, (pixels,), ("pixel_values",), halves.names, {})
+        encoder = _traced(halves.encoder, (pixels,), ("pixel_values",), halves.names, {}, marks=bool(sites))
         points, labels = torch.zeros(1, POINTS, 2), torch.ones(1, POINTS)
         prompts = (points, labels, torch.zeros(1, 1, low_res, low_res), torch.zeros(1))
         names = ("points", "labels", "mask", "has_mask")
@@ -81,7 +81,9 @@ def trace(model: nn.Module, family: Family) -> Core:
         free |= {"mask": {0: "masks"}, "has_mask": {0: "masks"}}
         free |= {"logits": {0: "prompts"}, "iou": {0: "prompts"}}
         # Some tensors per prompt: a dimension of 1 in the trace is a constant in what PyTorch writes.
-        decoder = _traced(halves.decoder, (*between, *prompts), (*halves.names, *names), ("logits", "iou"), free)
+        decoder = _traced(
+            halves.decoder, (*between, *prompts), (*halves.names, *names), ("logits", "iou"), free, marks=bool(sites)
+        )
     packed = any(not isinstance(site, MatMulQuantizers) for site in sites.values())
     parts = [_filled(graph, sites, half_precision=packed) for graph in (encoder, decoder)]
     return Core(parts[0], parts[1], halves.names, shapes, side, low_res)
@@ -93,6 +95,8 @@ def _traced(
     names: Sequence[str],
     outputs: Sequence[str],
     free: Mapping[str, Mapping[int, str]],
+    *,
+    marks: bool,
 ) -> onnx.GraphProto:
     """PyTorch's tracing exporter: its own messages are about models written by hand."""
     buffer = io.BytesIO()
@@ -107,7 +111,7 @@ def _traced(
             dynamic_axes={name: dict(axes) for name, axes in free.items()},
             opset_version=OPSET,
             do_constant_folding=False,
-            custom_opsets={DOMAIN: 1},
+            custom_opsets={DOMAIN: 1} if marks else None,
             dynamo=False,
         )
     return onnx.load_from_string(buffer.getvalue()).graph

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from carsam.export import segment_anything_2 as pyramid
 from carsam.export.assemble import Around, assemble
 from carsam.export.profile import Files, Profile, Subject
 from carsam.export.segment_anything import EMBEDDINGS, decoder
@@ -21,6 +22,11 @@ class Onnx(Profile):
     tool: ClassVar[str] = "ONNX Runtime, OpenVINO and your own programs"
 
     def files(self, subject: Subject, core: Core) -> Files:
+        if pyramid.is_pyramid(core):
+            return {
+                "encoder.onnx": pyramid.encoder(subject, core, "pixel_values"),
+                "decoder.onnx": pyramid.decoder(subject, core, batch=True),
+            }
         shape = (1, 3, core.side, core.side)
         around = Around({"pixel_values": shape}, {EMBEDDINGS: core.shapes[0]}, names={core.names[0]: EMBEDDINGS})
         return {

@@ -25,10 +25,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, Sam2Model
 
 from carsam.errors import CheckpointError
 from carsam.models.attention import MatMulQuantizers
-from carsam.models.family import ENCODED, ENCODER, Family, Stage, Tensors
+from carsam.models.family import ENCODED, ENCODER, Family, Halves, Stage, Tensors
 from carsam.models.sam.decoder import TwoWayBlock
 from carsam.models.sam.family import Sam
 from carsam.models.sam2 import declared, encoder, forward, meta
+from carsam.models.sam2.halves import NAMES, Sam2Decoder, Sam2Encoder
 from carsam.models.sam2.names import Sam2Names
 from carsam.models.sites import AttentionSite, LayerSite, Sites
 from carsam.reconstruct.units import Unit
@@ -42,6 +43,7 @@ class Sam2(Sam):
 
     name = "sam2"
     names = Sam2Names()
+    onnx_files = ()
     stretched = True
 
     @property
@@ -116,6 +118,9 @@ class Sam2(Sam):
 
     def predict_logits(self, model: nn.Module, image_embeddings: Tensor, **prompts: Any) -> tuple[Tensor, Tensor]:
         return forward.predict_logits(model, image_embeddings, **prompts)
+
+    def halves(self, model: nn.Module) -> Halves:
+        return Halves(Sam2Encoder(model), Sam2Decoder(model), NAMES)
 
     def forward(self, model: nn.Module, image: CalibrationImage) -> None:
         with torch.no_grad():
