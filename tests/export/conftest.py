@@ -23,10 +23,19 @@ def run_stretch() -> Callable[..., list[np.ndarray]]:
         # Of any type: it is inferred.
         results = [onnx.ValueInfoProto(name=name) for name in outputs]
         proto = onnx.helper.make_graph(graph.nodes, "stretch", described, results, graph.constants)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(model_of(proto, {}).SerializeToString(), options)
-        return session.run(outputs, inputs)
+        return run_model(model_of(proto, {}), inputs, outputs)
 
     return run
+
+
+@pytest.fixture(scope="session", name="run_model")
+def run_model_fixture() -> Callable[..., list[np.ndarray]]:
+    """Runs a whole model: ``run_model(proto, {"x": array})`` gives its outputs."""
+    return run_model
+
+
+def run_model(model, inputs: dict[str, np.ndarray], outputs: list[str] | None = None) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options).run(outputs, inputs)
