@@ -81,7 +81,7 @@ def test_the_graph_computes_what_the_packed_model_computes(name, run_model):
         "has_mask": np.ones(1, np.float32),
     }
     found, scores = run_model(model_of(core.decoder.graph, {}), inputs)
-    # Ties that fall to the other side by the last bit of a sum move logits of random weights by 1 or 2 %; a term that is
-    # missing or in the wrong place moves them by tens.
+    # Ties that fall to the other side by the last bit of a sum move logits of random weights by 1 or 2 %; a term that
+    # is missing or in the wrong place moves them by tens.
     assert np.abs(found[:, 1:] - logits.numpy()).mean() < 0.05 * logits.abs().mean()
     np.testing.assert_allclose(scores[:, 1:], iou.numpy(), atol=0.02)
