@@ -31,7 +31,7 @@ _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _AGAIN = "get the folder again"
 # The image encoder of embedded/sam-nano-256. Meta's have 768, 1024 or 1280 channels and see 1024 pixels.
 _STAND_IN = {"hidden_size": 192, "num_hidden_layers": 8, "num_attention_heads": 3, "image_size": 256, "patch_size": 16}
-_STAND_IN_NAME = re.compile(r"\bsam-nano\b")
+_STAND_IN_NAME = re.compile(r"\bsam2?-nano\b")
 
 
 def require_file(path: Path) -> Path:

@@ -22,7 +22,11 @@ BEGIN, END = "<!-- carsam: scores -->", "<!-- carsam: end of scores -->"
 HUB_URL = "https://huggingface.co/"
 TAGS = ("carsam", "segment-anything", "mask-generation", "quantized")
 # The cards of Meta's models state this licence.
-LICENCES = {f"facebook/sam-vit-{size}": "apache-2.0" for size in ("base", "large", "huge")}
+PUBLISHED = (
+    *(f"facebook/sam-vit-{size}" for size in ("base", "large", "huge")),
+    *(f"facebook/{sam}-hiera-{size}" for sam in ("sam2", "sam2.1") for size in ("tiny", "small", "base-plus", "large")),
+)
+LICENCES = dict.fromkeys(PUBLISHED, "apache-2.0")
 METRICS = {"segm_ap": "segm AP", "box_ap": "box AP", "mean_iou": "mean IoU"}
 _MOST_CARD = 2**20
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -19,7 +19,9 @@ def test_the_embedded_model_is_one(packed_folder):
     assert "they say nothing about SAM-B" in text
 
 
-@pytest.mark.parametrize("model", ["embedded/sam-nano-256", "sam-nano-256", "somewhere/sam-nano-256-stressed"])
+@pytest.mark.parametrize(
+    "model", ["embedded/sam-nano-256", "sam-nano-256", "somewhere/sam-nano-256-stressed", "embedded/sam2-nano-256"]
+)
 def test_told_by_its_name(model, bare_folder, tmp_path):
     folder = shutil.copytree(bare_folder, tmp_path / "packed")
     (folder / "recipe.yaml").write_text(f"model: {model}\n")
