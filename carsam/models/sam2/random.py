@@ -17,7 +17,7 @@ from carsam.models.skeleton import fill_buffers, skeleton
 # The smallest that has all that the others have: windows of each width, padding, global attention, pooling.
 SIZES: dict[str, Architecture] = {
     **ARCHITECTURES,
-    "nano": Architecture(16, (1, 1, 2, 1), (1, 2, 2, 4), (8, 4, 6, 4), (3,), (7, 7), (16, 32, 48, 64)),
+    "nano": Architecture(16, (1, 1, 2, 1), (1, 2, 2, 4), (8, 4, 6, 4), (3,), (7, 7), (16, 32, 48, 64), 256),
 }
 
 

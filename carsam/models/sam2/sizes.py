@@ -20,6 +20,7 @@ class Architecture:
         global_blocks: Blocks whose attention spans the image.
         background: Size of the position embedding that is stretched over the image.
         widths: Channels of each stage; doubled from one to the next if empty.
+        decoder_width: Of the MLPs in the decoder.
     """
 
     width: int
@@ -29,6 +30,7 @@ class Architecture:
     global_blocks: tuple[int, ...]
     background: tuple[int, int]
     widths: tuple[int, ...] = ()
+    decoder_width: int = 2048
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -36,7 +38,7 @@ class Architecture:
         return self.widths or tuple(self.width * 2**stage for stage in range(len(self.blocks)))
 
     def parts(self, image_size: int) -> dict[str, dict[str, Any]]:
-        """``vision_config`` and ``prompt_encoder_config`` of a ``Sam2Config``, for an input of so many pixels."""
+        """The three parts of a ``Sam2Config``, for an input of so many pixels."""
         grid = image_size // PATCH
         backbone = {
             "model_type": "sam2_hiera_det_model",
@@ -56,7 +58,11 @@ class Architecture:
             "backbone_channel_list": list(reversed(self.channels)),
             "backbone_feature_sizes": [[scale * grid] * 2 for scale in (4, 2, 1)],
         }
-        return {"vision_config": vision, "prompt_encoder_config": {"image_size": image_size, "patch_size": PATCH}}
+        return {
+            "vision_config": vision,
+            "prompt_encoder_config": {"image_size": image_size, "patch_size": PATCH},
+            "mask_decoder_config": {"mlp_dim": self.decoder_width},
+        }
 
 
 # By the names of the Hub's repositories.
