@@ -126,6 +126,17 @@ def test_points_are_replaced_or_added_to(predictor, clip):
     assert torch.equal(both, again) and not torch.equal(both, first)
 
 
+def test_memory_can_be_taken_over(predictor, clip, mask):
+    """Prompted otherwise, but with the other's memory in its place, a tracker finds what the other one finds."""
+    theirs, _ = prompted(predictor, clip, "mask", mask)
+    ours, _ = prompted(predictor, clip, "mask", np.roll(mask, 20, 1))
+    partly, _ = prompted(predictor, clip, "mask", np.roll(mask, 20, 1))
+    ours.tracker.adopt(theirs.tracker, 0)
+    partly.tracker.adopt(theirs.tracker, 0, ["pointers"])
+    found = [state.tracker.step(1)[0].logits for state in (theirs, ours, partly)]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 class Endless:
     """A video whose frames are made when they are asked for; counts how often."""
 
