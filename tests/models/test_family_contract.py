@@ -13,7 +13,7 @@ from carsam.calibrate.capture import capture_call
 from carsam.config import QuantizeConfig
 from carsam.methods.base import create, registry
 from carsam.models.attention import MatMulQuantizers
-from carsam.models.family import ENCODER, GRANULARITIES, families, family_of, family_of_type, find_sites
+from carsam.models.family import ENCODED, ENCODER, GRANULARITIES, families, family_of, family_of_type, find_sites
 from carsam.models.forward import encode_image, predict_logits
 from carsam.models.names import names_of_type
 from carsam.models.sites import OPERANDS
@@ -232,3 +232,19 @@ def test_every_method_quantizes_it_and_the_folder_comes_back_equal(method, name,
     packed.save_pretrained(tmp_path / "again")
     weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("packed", "again")]
     assert weights[0] == weights[1]
+
+
+def test_decoding_with_gradients_is_prediction(model, data):
+    """Where a family decodes with gradients, it gives what prediction gives, and gradients reach the embedding."""
+    family, image = family_of(model), data.images[0]
+    embedding = encode_image(model, image.pixel_values).detach().requires_grad_()
+    found = family.decode(model, {ENCODED: embedding}, image)
+    if found is None:
+        pytest.skip("the family does not decode with gradients")
+    logits, scores = found
+    expected, iou = predict_logits(model, embedding.detach(), boxes=image.boxes)
+    # Prompts lie along another dimension: sums in another order.
+    torch.testing.assert_close(logits.detach(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(scores.detach(), iou, rtol=1e-3, atol=1e-3)
+    logits.sum().backward()
+    assert embedding.grad.abs().sum() > 0

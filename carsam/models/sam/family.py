@@ -165,7 +165,7 @@ class Sam(Family):
     def predict_logits(self, model: nn.Module, image_embeddings: Tensor, **prompts: Any) -> tuple[Tensor, Tensor]:
         return forward.predict_logits(model, image_embeddings, **prompts)
 
-    def decode(self, model: nn.Module, encoded: Tensors, image: CalibrationImage) -> tuple[Tensor, Tensor]:
+    def decode(self, model: nn.Module, encoded: Tensors, image: CalibrationImage) -> tuple[Tensor, Tensor] | None:
         embedding = encoded[ENCODED]
         with torch.no_grad():
             sparse, dense = forward.embed_prompts(model.prompt_encoder, boxes=image.boxes.to(embedding.device))

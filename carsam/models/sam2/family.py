@@ -122,6 +122,10 @@ class Sam2(Sam):
     def halves(self, model: nn.Module) -> Halves:
         return Halves(Sam2Encoder(model), Sam2Decoder(model), NAMES)
 
+    def decode(self, model: nn.Module, encoded: Tensors, image: CalibrationImage) -> tuple[Tensor, Tensor] | None:
+        embedding = encoded[ENCODED]
+        return forward.decode(model, embedding, image.boxes.to(embedding.device))
+
     def forward(self, model: nn.Module, image: CalibrationImage) -> None:
         with torch.no_grad():
             embedding = forward.encode_image(model, image.pixel_values)

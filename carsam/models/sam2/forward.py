@@ -87,6 +87,26 @@ def decoder_input(model: PreTrainedModel, embedding: Tensor, boxes: Tensor) -> T
     )
 
 
+def decode(model: PreTrainedModel, embedding: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and predicted IoU of the box prompts of one image, prompts along the first dimension; gradients pass.
+
+    Args:
+        model: The model.
+        embedding: ``(1, 4 C, h, w)`` of :func:`encode_image`.
+        boxes: (prompts, 4) XYXY in input pixels.
+    """
+    with torch.no_grad():
+        sparse, dense = embed_prompts(model.prompt_encoder, boxes=boxes)
+    *finer, embedding = unfold(embedding)
+    low_res, iou = model.mask_decoder(
+        **_image_arguments(model, embedding, finer, len(sparse)),
+        sparse_prompt_embeddings=sparse[:, None],
+        dense_prompt_embeddings=dense,
+        multimask_output=False,
+    )[:2]
+    return low_res.flatten(0, 1).float(), iou.flatten(0, 1).float()
+
+
 def _image_arguments(model: PreTrainedModel, embedding: Tensor, finer: list[Tensor], count: int) -> dict[str, object]:
     """What the decoder takes of an image without memory, ``count`` times."""
     embedding = embedding + model.no_memory_embedding.view(1, -1, 1, 1)

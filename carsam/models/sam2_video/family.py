@@ -64,6 +64,10 @@ class Sam2Video(Sam2):
         entered = partial(self._enter_decoder, last.enter, granularity)
         return (encoder, *memory.parts(sites.memory_stages, self.follow), replace(last, enter=entered))
 
+    def decode(self, model: nn.Module, encoded: Tensors, image: CalibrationImage) -> None:
+        """None: what the decoder reads has been through a clip's memory by then, and no gradient passes that."""
+        return None
+
     def units(self, sites: Sites, part: str, granularity: str = "module") -> list[Unit]:
         if part in (ENCODER, DECODER):
             return super().units(sites, part, granularity)
