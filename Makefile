@@ -28,8 +28,9 @@ quickstart: $(VENV)/.installed
 litemedsam: $(VENV)/.installed
 	@$(BIN)/python -m carsam.commands.litemedsam $(ARGS)
 
+# As many files at a time as there are cores; a file stays in one process, for what its tests share.
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check $(SOURCES)
