@@ -31,7 +31,8 @@ from carsam.output.target import Output
 from carsam.pack.checkpoint import load, write_folder
 from carsam.pack.layout import pack
 from carsam.pack.writing import Facts, attach
-from carsam.prompts.calibration import CalibrationSet, calibration_set
+from carsam.prompts.calibration import CalibrationSet
+from carsam.prompts.clips import data_for
 from carsam.run.context import Hooks, Progress, RunContext
 from carsam.run.embeddings import Embeddings
 from carsam.run.memory import peak_memory
@@ -138,7 +139,7 @@ def quantize(
             if not isinstance(images, CalibrationSet):
                 with stages("proposals", config.calibration.n_images):
                     settings = asdict(config.calibration)
-                    data = calibration_set(reference, **settings, progress=stages.advance)
+                    data = data_for(reference, sites, **settings, progress=stages.advance)
             if partial is not None and output is not None:
                 if kept is not None:
                     found = ingredients(reference, data, run.method, config, run.device)

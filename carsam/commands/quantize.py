@@ -32,7 +32,11 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of calibration images.", show_default=False, rich_help_panel=_DATA),
+        typer.Option(
+            help="Folder of calibration images, or root of a data set of videos (SAM 2 with memory).",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
     ] = None,
     data_coco: Annotated[
         Path | None,

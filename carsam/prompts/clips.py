@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from carsam.data.images.transforms import Geometry, Preprocessor
-from carsam.data.video.dataset import AnnotatedVideo, find_videos
+from carsam.data.video.dataset import AnnotatedVideo, find_videos, holds_videos
 from carsam.errors import ConfigError
-from carsam.prompts.calibration import CalibrationSet
+from carsam.models.sites import Sites
+from carsam.prompts.calibration import CalibrationSet, calibration_set
 from carsam.prompts.image import PromptedImage
 
 # Frames of a clip: at the last one, SAM 2's memory attention reads all seven of its maps for the first time.
@@ -72,8 +74,41 @@ def as_clips(data: CalibrationSet, move: Callable[[Tensor, int, int], Tensor], f
     return CalibrationSet.of(clips, data.skipped)
 
 
+def data_for(
+    model: PreTrainedModel,
+    sites: Sites,
+    images: str | Path,
+    *,
+    n_images: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> CalibrationSet:
+    """Calibration data from a folder of images, or clips from a data set of videos where the model has a memory.
+
+    Args:
+        model: Gives the input frame.
+        sites: Its sites.
+        images: The folder.
+        n_images: Images, or clips.
+        seed: Of all choices.
+        progress: Called with how many are done and how many are wanted.
+        **settings: Of :func:`carsam.prompts.calibration.calibration_set`.
+    """
+    if sites.memory_stages and holds_videos(images):
+        return clip_set(model, images, n_clips=n_images, seed=seed, progress=progress)
+    return calibration_set(model, images, n_images=n_images, seed=seed, progress=progress, **settings)
+
+
 def clip_set(
-    model: PreTrainedModel, root: str | Path, *, n_clips: int = 16, frames: int = FRAMES, step: int = 2, seed: int = 0
+    model: PreTrainedModel,
+    root: str | Path,
+    *,
+    n_clips: int = 16,
+    frames: int = FRAMES,
+    step: int = 2,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationSet:
     """Clips of real videos with masks, for calibration.
 
@@ -84,6 +119,7 @@ def clip_set(
         frames: Of a clip.
         step: Every how many frames of the video.
         seed: Of where clips begin.
+        progress: Called with clips done and clips wanted.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -97,6 +133,8 @@ def clip_set(
     for index in range(n_clips):
         video = data.open(data.names[index % len(data.names)])
         clips.append(_cut(video, preprocessor, index, frames, step, rng))
+        if progress is not None:
+            progress(index + 1, n_clips)
     return CalibrationSet.of(clips)
 
 

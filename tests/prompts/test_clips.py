@@ -1,7 +1,7 @@
 """Clips for calibration: stills that move, real videos, and what a model with a memory makes of both."""
 
-import dataclasses
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from small_models import small_model
 
+import carsam
+from carsam.config import QuantizeConfig
 from carsam.data.video.masks import write_mask
-from carsam.errors import ConfigError
+from carsam.errors import ConfigError, DataError
 from carsam.models.family import find_sites
 from carsam.models.sam2_video.clips import moving_still
 from carsam.prompts.calibration import CalibrationSet
@@ -54,7 +56,7 @@ def test_a_set_becomes_clips_of_all_ages(stills, model):
     assert all(len(clip.frames) == FRAMES for clip in data.images)
     assert data.fingerprint != stills.fingerprint
     assert find_sites(model).family.calibration_data(model, data) is data
-    moved = dataclasses.replace(data.images[0], frames=data.images[0].frames + 1)
+    moved = replace(data.images[0], frames=data.images[0].frames + 1)
     assert CalibrationSet.of([moved, *data.images[1:]]).fingerprint != data.fingerprint
 
 
@@ -86,6 +88,15 @@ def test_clips_of_real_videos(videos, model):
     assert clip.masks[0].sum().item() == pytest.approx(16 * 20 * 2 * 128 / 48, rel=0.05)
     with pytest.raises(ConfigError, match="at least 2 frames"):
         clip_set(model, videos, frames=1)
+
+
+def test_a_data_set_of_videos_calibrates_a_model_with_a_memory(videos, model):
+    config = QuantizeConfig("rtn", {"weight_observer": "min-max", "activation_observer": "min-max"}, "w4a4")
+    config = replace(config, calibration=replace(config.calibration, n_images=2))
+    result = carsam.quantize(model, videos, config)
+    assert result.recipe["calibration_fingerprint"] == clip_set(model, videos, n_clips=2).fingerprint
+    with pytest.raises(DataError, match="holds no images"):
+        carsam.quantize(small_model("sam2"), videos, config)
 
 
 @torch.no_grad()

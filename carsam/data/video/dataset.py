@@ -161,6 +161,11 @@ def find_videos(root: str | Path) -> VideoSet:
     return VideoSet(root, forms[names[0]], frames, masks, names)
 
 
+def holds_videos(root: str | Path) -> bool:
+    """Whether a folder is laid out as a data set of videos with masks."""
+    return all(any((Path(root) / name).is_dir() for name in names) for names in (_FRAMES, _MASKS))
+
+
 def _first(root: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         if (root / name).is_dir():
