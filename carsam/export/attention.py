@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from carsam.export.graph import CONTRIB, Stretch
 from carsam.export.grids import decoded, fits, no_form, uniform_codes
@@ -19,6 +19,9 @@ from carsam.export.layers import MATMUL, Lowered
 from carsam.models.attention import MatMulQuantizers
 from carsam.quantizers import ActivationQuantizer, Log1pSoftmax, Log2Softmax, RowMaximumSoftmax, UniformSoftmax
 from carsam.quantizers.affine import qmax
+
+# Scores of a part of an attention: 4 MB, which stay in a processor's cache between the operations on them.
+PART = 2**20
 
 
 @dataclass(frozen=True)
@@ -53,103 +56,147 @@ class Call:
 def lower_attention(graph: Stretch, matmul: MatMulQuantizers, call: Call) -> Lowered:
     """Appends the core of an attention, between the projections and the output's projection."""
     query, key, value = call.shapes
-    pairs = int(np.prod(query[:-1])) * key[-2]
-    macs = pairs * (query[-1] + value[-1])
-    scores, first = _scores(graph, matmul, call)
-    scores = _with_bias(graph, call, scores)
-    reason = "" if first else "Q or K has no integer codes"
-    integer = pairs * query[-1] if first else 0
-    second = _product(graph, matmul, call, scores)
-    if second:
-        reason = f"{reason}; {second}" if reason else second
+    operands = Operands.encoded(graph, matmul, call)
+    # A map of the image has a fixed size, so its attention can be cut.
+    parts = _parts(call) if call.relative else None
+    if parts is None:
+        relative = _placed(graph, call, [*query[:-1]])
+        _attend(graph, matmul, operands, call, relative, [*query[:-1]], call.output)
     else:
-        integer += pairs * value[-1]
-    return Lowered(graph.name, "attention", macs, integer, reason)
+        _attend_in_parts(graph, matmul, operands, call, parts)
+    pairs = int(np.prod(query[:-1])) * key[-2]
+    first = pairs * query[-1] if operands.integer_scores else 0
+    reason = "" if first else "Q or K has no integer codes"
+    second = _not_integer(matmul)
+    reason = f"{reason}; {second}" if reason and second else reason or second
+    return Lowered(
+        graph.name,
+        "attention",
+        pairs * (query[-1] + value[-1]),
+        first + (0 if second else pairs * value[-1]),
+        reason,
+    )
 
 
-def _transposed(graph: Stretch, x: str, rank: int) -> str:
-    return graph.node("Transpose", x, perm=[*range(rank - 2), rank - 1, rank - 2])
+@dataclass(frozen=True)
+class Operands:
+    """What the two products read: codes, or decoded values.
+
+    Attributes:
+        query: Name of Q's codes (uint8), or of Q̂ times the factor.
+        key: Name of K's codes, transposed (int8), or of K̂ᵀ.
+        value: Name of V's codes (int8), or of V̂.
+        integer_scores: Whether QKᵀ is of codes.
+        integer_value: Whether V is codes.
+    """
+
+    query: str
+    key: str
+    value: str
+    integer_scores: bool
+    integer_value: bool
+
+    @classmethod
+    def encoded(cls, graph: Stretch, matmul: MatMulQuantizers, call: Call) -> Operands:
+        """Appends what makes them."""
+        scores, value = fits([matmul.query, matmul.key]), _not_integer(matmul) == ""
+        if scores:
+            query = _codes(graph, call.query, matmul.query, signed=False)
+            key = _codes(graph, call.key, matmul.key, signed=True)
+        else:
+            query = decoded(graph, call.query, matmul.query)
+            query = graph.node("Mul", query, graph.constant("scaling", call.scaling, np.float32))
+            key = decoded(graph, call.key, matmul.key)
+        key = graph.node("Transpose", key, perm=[*range(call.rank - 2), call.rank - 1, call.rank - 2])
+        if value:
+            return cls(query, key, _codes(graph, call.value, matmul.value, signed=True), scores, True)
+        return cls(query, key, decoded(graph, call.value, matmul.value), scores, False)
 
 
-def _scores(graph: Stretch, matmul: MatMulQuantizers, call: Call) -> tuple[str, bool]:
-    """Q̂K̂ᵀ times the factor, and whether in integers."""
-    if fits([matmul.query, matmul.key]):
-        query, key = matmul.query, matmul.key
-        left, _ = uniform_codes(graph, call.query, float(query.scale), int(query.zero_point), query.bits)
-        right, shift = uniform_codes(graph, call.key, float(key.scale), int(key.zero_point), key.bits, signed=True)
-        scale = float(query.scale) * call.scaling
-        inputs = (
-            graph.constant("query_scale", scale, np.float32),
-            graph.constant("key_scale", float(key.scale), np.float32),
-            graph.constant("query_zero_point", int(query.zero_point), np.uint8),
-            graph.constant("key_zero_point", int(key.zero_point) - shift, np.int8),
-        )
-        right = _transposed(graph, right, call.rank)
-        return graph.node(MATMUL, left, right, *inputs, domain=CONTRIB, name="scores"), True
-    left, right = decoded(graph, call.query, matmul.query), decoded(graph, call.key, matmul.key)
-    left = graph.node("Mul", left, graph.constant("scaling", call.scaling, np.float32))
-    return graph.node("MatMul", left, _transposed(graph, right, call.rank), name="scores"), False
+def _codes(graph: Stretch, x: str, quantizer: ActivationQuantizer, *, signed: bool) -> str:
+    scale, zero = float(quantizer.scale), int(quantizer.zero_point)
+    return uniform_codes(graph, x, scale, zero, quantizer.bits, signed=signed)[0]
 
 
-def _with_bias(graph: Stretch, call: Call, scores: str) -> str:
-    """Adds the mask, or relative positions by two broadcasts: the full bias is never built."""
-    if call.mask:
-        scores = graph.node("Add", scores, call.mask)
-    if call.relative:
-        (height, width), lead, queries = call.sides, list(call.shapes[0][:-2]), call.shapes[0][-2]
-        rows, columns = call.relative
-        apart = graph.constant("apart", [*lead, queries, height, width], np.int64)
-        scores = graph.node("Reshape", scores, apart)
-        by_row = graph.constant("by_row", [*lead, queries, height, 1], np.int64)
-        by_column = graph.constant("by_column", [*lead, queries, 1, width], np.int64)
-        scores = graph.node("Add", scores, graph.node("Reshape", rows, by_row))
-        scores = graph.node("Add", scores, graph.node("Reshape", columns, by_column))
-        scores = graph.node("Reshape", scores, graph.constant("whole", [*lead, queries, height * width], np.int64))
-    return scores
-
-
-def _product(graph: Stretch, matmul: MatMulQuantizers, call: Call, scores: str) -> str:
-    """P̂V̂ of scores; gives why it is not in integers, or nothing."""
+def _not_integer(matmul: MatMulQuantizers) -> str:
+    """Why P̂V̂ is not in integers; empty where it is."""
     probs = matmul.probs
-    integer_value = fits([matmul.value])
-    if isinstance(probs, RowMaximumSoftmax) and probs.bits < 16:
-        return _row_maximum(graph, matmul, call, scores, integer_value)
-    soft = graph.node("Softmax", scores, axis=-1)
-    if isinstance(probs, UniformSoftmax) and integer_value and probs.bits < 16:
-        quantizer = probs.quantizer
-        scale, zero = float(quantizer.scale), int(quantizer.zero_point)
-        codes, _ = uniform_codes(graph, soft, scale, zero, quantizer.bits)
-        _integer_product(graph, matmul.value, call, codes, scale, zero, [call.output])
-        return ""
-    value = decoded(graph, call.value, matmul.value)
-    graph.node("MatMul", _decoded_probabilities(graph, soft, probs), value, outputs=[call.output], name="output")
-    if probs.bits >= 16 or not integer_value:
+    if probs.bits >= 16 or not fits([matmul.value]):
         return "P or V has no integer codes"
+    if isinstance(probs, (RowMaximumSoftmax, UniformSoftmax)):
+        return ""
     return f"the grid {probs.grid!r} of P has no integer codes"
 
 
-def _integer_product(
+def _product(
     graph: Stretch,
-    quantizer: ActivationQuantizer,
-    call: Call,
-    codes: str,
-    scale: float,
-    zero_point: int,
-    outputs: list[str] | int = 1,
+    left: str,
+    right: str,
+    left_grid: tuple[float, int],
+    right_quantizer: ActivationQuantizer,
+    name: str,
+    out: str = "",
 ) -> str:
-    value, shift = uniform_codes(
-        graph, call.value, float(quantizer.scale), int(quantizer.zero_point), quantizer.bits, signed=True
-    )
+    """Codes times signed codes, scaled to float."""
+    shift = 128 if right_quantizer.bits == 8 else 0
     inputs = (
-        graph.constant("probability_scale", scale, np.float32),
-        graph.constant("value_scale", float(quantizer.scale), np.float32),
-        graph.constant("probability_zero_point", zero_point, np.uint8),
-        graph.constant("value_zero_point", int(quantizer.zero_point) - shift, np.int8),
+        graph.constant("left_scale", left_grid[0], np.float32),
+        graph.constant("right_scale", float(right_quantizer.scale), np.float32),
+        graph.constant("left_zero_point", left_grid[1], np.uint8),
+        graph.constant("right_zero_point", int(right_quantizer.zero_point) - shift, np.int8),
     )
-    return graph.node(MATMUL, codes, value, *inputs, domain=CONTRIB, outputs=outputs, name="output")
+    return graph.node(MATMUL, left, right, *inputs, domain=CONTRIB, name=name, outputs=[out] if out else 1)
 
 
-def _row_maximum(graph: Stretch, matmul: MatMulQuantizers, call: Call, scores: str, integer_value: bool) -> str:
+def _placed(graph: Stretch, call: Call, lead: list[int]) -> tuple[str, ...]:
+    """Relative positions as they broadcast over the key's map: (*lead, rows, 1) and (*lead, 1, columns)."""
+    if not call.relative:
+        return ()
+    places = [*lead, call.sides[0], 1], [*lead, 1, call.sides[1]]
+    return tuple(
+        graph.node("Reshape", x, graph.constant("place", place, np.int64)) for x, place in zip(call.relative, places)
+    )
+
+
+def _attend(
+    graph: Stretch,
+    matmul: MatMulQuantizers,
+    operands: Operands,
+    call: Call,
+    relative: tuple[str, ...],
+    lead: list[int],
+    out: str,
+) -> None:
+    """Scores, bias, softmax and the second product of some queries; ``lead`` is their shape, (..., queries)."""
+    if operands.integer_scores:
+        grid = float(matmul.query.scale) * call.scaling, int(matmul.query.zero_point)
+        scores = _product(graph, operands.query, operands.key, grid, matmul.key, "scores")
+    else:
+        scores = graph.node("MatMul", operands.query, operands.key, name="scores")
+    if call.mask:
+        scores = graph.node("Add", scores, call.mask)
+    if relative:
+        # Two broadcasts: the full bias is never built.
+        apart = graph.constant("apart", [*lead, *call.sides], np.int64)
+        scores = graph.node("Reshape", scores, apart)
+        for each in relative:
+            scores = graph.node("Add", scores, each)
+        scores = graph.node("Reshape", scores, graph.constant("whole", [*lead, call.shapes[1][-2]], np.int64))
+    probs = matmul.probs
+    if isinstance(probs, RowMaximumSoftmax) and probs.bits < 16:
+        _row_maximum(graph, matmul, operands, scores, out)
+        return
+    soft = graph.node("Softmax", scores, axis=-1)
+    if not operands.integer_value:
+        values = _decoded_probabilities(graph, soft, probs)
+        graph.node("MatMul", values, operands.value, outputs=[out], name="output")
+        return
+    scale, zero = float(probs.quantizer.scale), int(probs.quantizer.zero_point)
+    codes, _ = uniform_codes(graph, soft, scale, zero, probs.bits)
+    _product(graph, codes, operands.value, (scale, zero), matmul.value, "output", out)
+
+
+def _row_maximum(graph: Stretch, matmul: MatMulQuantizers, operands: Operands, scores: str, out: str) -> None:
     """Codes round(qmax · exp(S − max S)); the product is divided by their sum, which is exact.
 
     The division falls on the small output instead of on P: P̂V̂ = (codes · V̂) / Σ codes.
@@ -162,12 +209,73 @@ def _row_maximum(graph: Stretch, matmul: MatMulQuantizers, call: Call, scores: s
     )
     floats = graph.node("Cast", codes, to=TensorProto.FLOAT)
     total = graph.node("ReduceSum", floats, axes, keepdims=1)
-    if integer_value:
-        product = _integer_product(graph, matmul.value, call, codes, 1.0, 0)
+    if operands.integer_value:
+        product = _product(graph, codes, operands.value, (1.0, 0), matmul.value, "output")
     else:
-        product = graph.node("MatMul", floats, decoded(graph, call.value, matmul.value), name="output")
-    graph.node("Div", product, total, outputs=[call.output])
-    return "" if integer_value else "V has no integer codes"
+        product = graph.node("MatMul", floats, operands.value, name="output")
+    graph.node("Div", product, total, outputs=[out])
+
+
+def _parts(call: Call) -> tuple[int, int] | None:
+    """Heads and queries of a part whose scores stay in the cache; None where one part is all."""
+    heads, queries, keys = call.shapes[0][0], call.shapes[0][-2], call.shapes[1][-2]
+    if heads * queries * keys <= PART:
+        return None
+    if queries * keys <= PART:
+        several = max(n for n in range(1, heads + 1) if heads % n == 0 and n * queries * keys <= PART)
+        return several, queries
+    return 1, max([n for n in range(1, queries + 1) if queries % n == 0 and n * keys <= PART], default=1)
+
+
+def _attend_in_parts(
+    graph: Stretch, matmul: MatMulQuantizers, operands: Operands, call: Call, parts: tuple[int, int]
+) -> None:
+    """The same, part by part in a loop: scores of an attention over a whole image are swept over in memory otherwise.
+
+    The operator Scan hands out the parts of Q and of the relative positions. Where a head is cut, its K and V are taken
+    by the number of the head.
+    """
+    (heads, queries), (height, width) = parts, call.sides
+    all_heads, all_queries, dim = call.shapes[0]
+    keys, out_dim = call.shapes[1][-2], call.shapes[2][-1]
+    count = all_heads * all_queries // (heads * queries)
+    body = Stretch(graph.name, "part.")
+
+    def cut(x: str, *shape: int) -> str:
+        return graph.node("Reshape", x, graph.constant("cut", [count, *shape], np.int64))
+
+    quantized = TensorProto.UINT8 if operands.integer_scores else TensorProto.FLOAT
+    lead = [heads, queries]
+    slices = [("query", cut(operands.query, *lead, dim), quantized, [*lead, dim])]
+    places = [*lead, height, 1], [*lead, 1, width]
+    for name, x, place in zip(("rows", "columns"), call.relative, places):
+        slices.append((name, cut(x, *place), TensorProto.FLOAT, place))
+    if queries == all_queries:
+        signed = {True: TensorProto.INT8, False: TensorProto.FLOAT}
+        key = cut(operands.key, heads, dim, keys), signed[operands.integer_scores], [heads, dim, keys]
+        value = cut(operands.value, heads, keys, out_dim), signed[operands.integer_value], [heads, keys, out_dim]
+        slices += [("key", *key), ("value", *value)]
+    else:
+        number = np.repeat(np.arange(all_heads), count // all_heads)
+        slices.append(("head", graph.constant("heads", number, np.int64), TensorProto.INT64, []))
+    named = {name: f"{graph.name}/part.{name}" for name, *_ in slices}
+    if queries == all_queries:
+        key, value = named["key"], named["value"]
+    else:
+        key, value = (body.node("Gather", x, named["head"], axis=0) for x in (operands.key, operands.value))
+    inside = Operands(named["query"], key, value, operands.integer_scores, operands.integer_value)
+    result = f"{graph.name}/part.result"
+    _attend(body, matmul, inside, call, (named["rows"], named["columns"]), lead, result)
+    graph.constants += body.constants
+    loop = helper.make_graph(
+        body.nodes,
+        f"{graph.name}/part",
+        [helper.make_tensor_value_info(named[name], kind, shape) for name, _, kind, shape in slices],
+        [helper.make_tensor_value_info(result, TensorProto.FLOAT, [*lead, out_dim])],
+    )
+    found = graph.node("Scan", *(x for _, x, *_ in slices), body=loop, num_scan_inputs=len(slices))
+    shape = graph.constant("together", [all_heads, all_queries, out_dim], np.int64)
+    graph.node("Reshape", found, shape, outputs=[call.output])
 
 
 def _decoded_probabilities(graph: Stretch, soft: str, probs: object) -> str:

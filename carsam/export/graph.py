@@ -20,10 +20,11 @@ class Stretch:
 
     Args:
         name: Module path of the site.
+        prefix: Of what is named, where a site has several stretches.
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, prefix: str = ""):
+        self.name, self.prefix = name, prefix
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self._used: dict[str, int] = {}
@@ -31,7 +32,7 @@ class Stretch:
     def _fresh(self, what: str) -> str:
         count = self._used.get(what, 0)
         self._used[what] = count + 1
-        return f"{self.name}/{what}" + (f".{count}" if count else "")
+        return f"{self.name}/{self.prefix}{what}" + (f".{count}" if count else "")
 
     def constant(self, what: str, value: Any, dtype: Any = None) -> str:
         """A constant; gives its name."""

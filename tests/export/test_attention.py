@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from carsam.export import attention
 from carsam.export.attention import Call, lower_attention
 from carsam.export.graph import Stretch
 from carsam.models.attention import MatMulQuantizers
 from carsam.quantizers import ActivationQuantizer, Log1pSoftmax, Log2Softmax, RowMaximumSoftmax, UniformSoftmax
 
-HEADS, HEIGHT, WIDTH, DIM = 3, 4, 5, 8
+HEADS, HEIGHT, WIDTH, DIM = 4, 4, 5, 8
 TOKENS = HEIGHT * WIDTH
 
 
@@ -52,8 +53,11 @@ def operands():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+# Whole; some heads at a time; some queries of a head at a time.
+@pytest.mark.parametrize("part", [2**20, 2 * TOKENS * TOKENS, 5 * TOKENS])
 @pytest.mark.parametrize("name", ["uniform", "row-max", "log2", "log1p"])
-def test_every_grid_of_p(name, bits, operands, run_stretch):
+def test_every_grid_of_p(name, bits, part, operands, run_stretch, monkeypatch):
+    monkeypatch.setattr(attention, "PART", part)
     matmul = quantizers(name, bits)
     query, key, value, rows, columns = operands
     expected = matmul.attend_grid(query, key, value, DIM**-0.5, (rows, columns))
