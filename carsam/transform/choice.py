@@ -181,7 +181,7 @@ class _Trial:
             lambda _site, bits, _role: ActivationQuantizer(bits),
             lambda site, bits: self._softmax(grid, site, bits),
         )
-        attention = model.get_submodule(self._site.name)
+        attention = model.get_submodule(self._site.name).to(next(module.parameters()).device)
         recorder = RangeRecorder([attention])
         with recorder.recording(), simulate(weights=False, activations=False):
             for call in self._calls.fit:

@@ -16,7 +16,7 @@ from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers.affine import decode, encode
 from carsam.quantizers.ranges import observed_grid
 from carsam.quantizers.rounding import weight_grid
-from carsam.quantizers.sampling import odd_step_within
+from carsam.quantizers.sampling import odd_step_within, strided
 from carsam.transform.choice import JUDGES, LEAST_GAIN
 from carsam.transform.norm_scale import scale_norm, shift_norm, smoothing
 from carsam.transform.operands import Refused
@@ -24,6 +24,8 @@ from carsam.transform.statistics import ChannelStatistics, input_statistics, run
 
 # Tokens of an image, and output channels that are looked at: each has a grid of its own, found by a search.
 ROWS, CHANNELS = 512, 256
+# Values that a range is found from.
+SAMPLE_SIZE = 2**16
 
 
 @dataclass
@@ -156,8 +158,9 @@ def _error(
     of_inputs, of_weights = bits
     rounded, quantized = judge, weight
     if of_inputs < 16:
-        low, high = fit.aminmax()
-        scale, zero = observed_grid(observer, low[None], high[None], fit.flatten(), of_inputs)
+        # As records of sites are: their sample lies on the CPU, whose scalars go with tensors anywhere.
+        low, high = (end.cpu()[None] for end in fit.aminmax())
+        scale, zero = observed_grid(observer, low, high, strided(fit, SAMPLE_SIZE).cpu(), of_inputs)
         rounded = decode(encode(judge, scale, zero, of_inputs), scale, zero)
     if of_weights < 16:
         scale, zero = (each[:, None] for each in weight_grid(weight, of_weights, observer=weight_observer))

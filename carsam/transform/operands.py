@@ -59,7 +59,7 @@ class Operand:
     @torch.no_grad()
     def map(self, matrices: Tensor) -> None:
         """x ← x M for every head, ``matrices`` (heads, head_dim, head_dim)."""
-        transposed = matrices.double().transpose(-2, -1)
+        transposed = matrices.double().transpose(-2, -1).to(self.layer.weight.device)
 
         def mapped(values: Tensor) -> Tensor:
             per_head = values.double().unflatten(0, (self.heads, self.head_dim)).flatten(2)
