@@ -12,17 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carsam.calibrate.capture import capture_call
-from carsam.compensate.ridge import LayerMoments, Objective, centred, refit, round_with_feedback
+from carsam.compensate.ridge import LayerMoments, Objective, centred, correct_bias, refit, round_with_feedback
 from carsam.errors import ConfigError
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.quantizers.sampling import odd_step_within
 
 # λ relative to the mean diagonal, from next to none to next to no refit.
-DAMPINGS = (0.01, 0.1, 1.0)
+DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 # Every fourth calibration item judges them.
 HELD_OUT = 4
 # Rows of a layer's input that one calibration item gives: they differ far more between images than within one.
 ROWS = 1024
+WEIGHTS, BIAS, NONE = "weights", "bias", "none"
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,16 @@ class RefitSettings:
 
     Attributes:
         enabled: Whether it runs.
-        damping: λ relative to the mean diagonal of X̂ᵀX̂; None chooses it for every layer by held-out calibration items.
+        damping: λ relative to the mean diagonal of X̂ᵀX̂; None chooses it for every layer by held-out calibration items,
+            with the correction of the bias alone and no change at all among the choices.
+        weights: Fit weights and biases; False corrects the biases alone.
         feedback: Round with feedback (GPTQ) where no rounding is learned afterwards.
         items: Calibration images that it uses, at most.
     """
 
     enabled: bool = True
     damping: float | None = None
+    weights: bool = True
     feedback: bool = True
     items: int = 32
 
@@ -54,7 +58,9 @@ class RefitReport:
 
     Attributes:
         refitted: Its module path.
-        damping: λ in force, relative; None where every one made held-out items worse: the layer kept its weight.
+        kind: What was fitted: ``weights`` (with the bias), ``bias``, or ``none`` where either made held-out items
+            worse.
+        damping: λ in force, relative; None but for weights.
         change: ‖W* − W‖ / ‖W‖.
         error: ‖X W − X̂ W*‖² / ‖X W‖² before and after, weights not rounded.
         rounded: The same with weights rounded: to nearest before, as they are in the end after.
@@ -64,6 +70,7 @@ class RefitReport:
     moves_ranges: ClassVar[bool] = False
 
     refitted: str
+    kind: str
     damping: float | None
     change: float
     error: tuple[float, float]
@@ -201,29 +208,41 @@ def _refit_layer(
         return objective.error(found)
 
     before = objective.error(weight), rounded_error()
-    damping = settings.damping if settings.damping is not None else _choose(weight, *gathered, ones)
-    fitted = weight
-    if damping is not None:
-        fitted = refit(weight, moments, relative_damping=damping, ones=ones)
+    kind, damping = _choose(weight, *gathered, ones, settings)
+    fitted = _fitted(weight, moments, ones, kind, damping)
+    if kind != NONE:
         set_matrix(layer, fitted)
         layer.fit_weight(weight_observer)
     after = objective.error(fitted)
     if feedback and layer.weight_bits < 16:
         set_matrix(layer, _rounded(layer, fitted, moments, ones))
     change = ((fitted - weight).norm() / weight.norm().clamp(min=1e-30)).item()
-    return RefitReport(name, damping, change, (before[0], after), (before[1], rounded_error()))
+    return RefitReport(name, kind, damping, change, (before[0], after), (before[1], rounded_error()))
 
 
-def _choose(weight: Tensor, fit: LayerMoments, judge: LayerMoments, ones: bool) -> float | None:
-    """The damping with the least error on items that it was not fitted to; None where no refit is better."""
+def _fitted(weight: Tensor, moments: LayerMoments, ones: bool, kind: str, damping: float | None) -> Tensor:
+    if kind == WEIGHTS:
+        return refit(weight, moments, relative_damping=damping, ones=ones)
+    return correct_bias(weight, moments) if kind == BIAS else weight
+
+
+def _choose(
+    weight: Tensor, fit: LayerMoments, judge: LayerMoments, ones: bool, settings: RefitSettings
+) -> tuple[str, float | None]:
+    """What is fitted and with which damping: what has the least error on items that it was not fitted to."""
+    dampings = DAMPINGS if settings.damping is None else (settings.damping,)
+    choices: list[tuple[str, float | None]] = [(BIAS, None)] if ones else []
+    choices += [(WEIGHTS, damping) for damping in dampings] if settings.weights else []
+    if settings.weights and settings.damping is not None:
+        return WEIGHTS, settings.damping
     if judge.gram is None:
-        return DAMPINGS[-1]  # too few items to judge: hold on to the weight
+        return choices[-1] if choices else (NONE, None)  # too few items to judge: what holds on to the weight most
     objective = Objective(weight, judge)
-    best, least = None, objective.error(weight)
-    for damping in DAMPINGS:
-        error = objective.error(refit(weight, fit, relative_damping=damping, ones=ones))
+    best, least = (NONE, None), objective.error(weight)
+    for choice in choices:
+        error = objective.error(_fitted(weight, fit, ones, *choice))
         if error < least:
-            best, least = damping, error
+            best, least = choice, error
     return best
 
 

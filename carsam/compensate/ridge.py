@@ -76,6 +76,22 @@ def ridge(moments: LayerMoments, relative: float, *, ones: bool) -> Tensor:
     return lam
 
 
+def correct_bias(weight: Tensor, moments: LayerMoments) -> Tensor:
+    """W with the mean error of the outputs taken out by its last row, the bias: (1) with endless damping of the others.
+
+    Args:
+        weight: W, (groups, d, out), the last column of the inputs one.
+        moments: Gathered on calibration data.
+
+    Returns:
+        Of the shape of ``weight``, float64.
+    """
+    changed = weight.double().clone()
+    missing = (moments.cross[:, -1:] - moments.gram[:, -1:]) @ changed
+    changed[:, -1:] += missing / moments.gram[:, -1:, -1:]
+    return changed
+
+
 def refit(weight: Tensor, moments: LayerMoments, *, relative_damping: float = 0.01, ones: bool = True) -> Tensor:
     """W* of (1).
 

@@ -92,7 +92,7 @@ class Choices:
 
 
 @dataclass
-class _Calls:
+class Calls:
     """Inputs of an attention, one call an image."""
 
     fit: list[tuple[tuple, dict]] = field(default_factory=list)
@@ -118,9 +118,9 @@ def _cut(value: Any, *, windows: int) -> Any:
     return value[:: step_for(len(value), windows)][:windows].clone()
 
 
-def _capture(model: nn.Module, sites: Sites, data: CalibrationSet, images: int) -> dict[str, _Calls]:
+def captured_calls(model: nn.Module, sites: Sites, data: CalibrationSet, images: int) -> dict[str, Calls]:
     """Calls of every attention, from one pass of the float model."""
-    calls = {site.name: _Calls() for site in sites.attentions}
+    calls = {site.name: Calls() for site in sites.attentions}
     judging = False
 
     def see(site: AttentionSite, args: tuple, kwargs: dict) -> None:
@@ -141,10 +141,12 @@ def _capture(model: nn.Module, sites: Sites, data: CalibrationSet, images: int) 
     finally:
         for handle in handles:
             handle.remove()
+    for each in calls.values():
+        each.judge = each.judge or each.fit  # too few images to hold any out
     return calls
 
 
-class _Trial:
+class Trial:
     """One attention alone: the error of its output with quantized inputs of its MatMuls."""
 
     def __init__(
@@ -153,7 +155,7 @@ class _Trial:
         site: AttentionSite,
         sites: Sites,
         plan: BitPlan,
-        calls: _Calls,
+        calls: Calls,
         softmax: Callable[[str, str, int], SoftmaxQuantizer],
         observer: str,
     ):
@@ -165,6 +167,11 @@ class _Trial:
         self._plan = BitPlan(Bits(16, 16), tuple((site.operand(w), Bits(16, b)) for w, b in bits.items()))
         self.quantizes = min(bits.values()) < 16
         self._targets = [self._run(model.get_submodule(site.name), call) for call in calls.judge]
+
+    @property
+    def energy(self) -> float:
+        """Σ (float output − its mean)² over the judges' images: what errors are relative to."""
+        return sum((target - target.mean(-2, keepdim=True)).square().sum().item() for target in self._targets)
 
     @staticmethod
     def _run(module: nn.Module, call: tuple[tuple, dict]) -> Tensor:
@@ -228,12 +235,9 @@ def choose_foldings(
     """
     choices = Choices()
     statistics = operand_statistics(model, sites, data, sites.attentions, images)
-    calls = _capture(model, sites, data, images)
-    if len(data.images[:images]) < JUDGES:
-        for each in calls.values():
-            each.judge = each.fit
+    calls = captured_calls(model, sites, data, images)
     for site in sites.attentions:
-        trial = _Trial(model, site, sites, plan, calls.pop(site.name), softmax, observer)
+        trial = Trial(model, site, sites, plan, calls.pop(site.name), softmax, observer)
         if not trial.quantizes:
             continue
         module = model.get_submodule(site.name)

@@ -86,10 +86,10 @@ def test_errors_fall_also_on_items_that_it_has_not_seen(case, feedback):
     before = error(reference, model, items[16:])
     reports = refit_layers(model, ["conv", "linear"], passes(model, items[:16]), RefitSettings(), feedback=feedback)
     assert error(reference, model, items[16:]) < 0.8 * before
-    assert [report.refitted for report in reports] == ["conv", "linear"] and reports[0].damping is not None
+    assert [report.refitted for report in reports] == ["conv", "linear"] and reports[0].kind == "weights"
     for report in reports:
-        # The second layer may have nothing to win: None then, and the same error.
-        assert report.error[1] < report.error[0] or report.damping is None
+        # The second layer may have nothing to win: nothing is changed then.
+        assert report.error[1] < report.error[0] or report.kind == "none"
         assert (report.rounded[1] < report.rounded[0]) or not feedback
     if not feedback:
         return
@@ -116,8 +116,17 @@ def test_what_makes_held_out_items_worse_is_left_alone(case):
         layer.input_quantizer = ActivationQuantizer(16)  # nothing to compensate
     before = [matrix(layer) for layer in (model.conv, model.linear)]
     reports = refit_layers(model, ["conv"], passes(model, items), RefitSettings(), feedback=False)
-    assert reports[0].damping is None and reports[0].change == 0
+    assert (reports[0].kind, reports[0].damping, reports[0].change) == ("none", None, 0)
     assert torch.equal(matrix(model.conv), before[0])
+
+
+def test_biases_alone(case):
+    _, model, items = case
+    weight = model.linear.weight.clone()
+    settings = RefitSettings(weights=False)
+    (report,) = refit_layers(model, ["linear"], passes(model, items), settings, feedback=False)
+    assert report.kind == "bias" and torch.equal(model.linear.weight, weight)
+    assert report.error[1] < report.error[0]
 
 
 def test_settings_are_checked():

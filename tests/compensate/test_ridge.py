@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carsam.compensate.ridge import LayerMoments, Objective, centred, refit, ridge, round_with_feedback
+from carsam.compensate.ridge import LayerMoments, Objective, centred, correct_bias, refit, ridge, round_with_feedback
 from carsam.errors import ConfigError
 from carsam.quantizers.affine import decode, encode
 from carsam.quantizers.rounding import weight_grid
@@ -64,6 +64,17 @@ def test_the_bias_takes_the_mean_error_and_nothing_is_lost(seed):
     halves = gathered(quantized[:, :20], floating[:, :20]) + gathered(quantized[:, 20:], floating[:, 20:])
     torch.testing.assert_close(halves.gram, moments.gram)
     assert Objective(weight, halves).error(found) == pytest.approx(objective.error(found))
+
+
+@given(SEEDS)
+@settings(deadline=None, max_examples=10)
+def test_the_bias_alone_is_least_squares_in_the_bias(seed):
+    floating, quantized, weight = case(seed)
+    moments = gathered(quantized, floating)
+    found = correct_bias(weight, moments)
+    assert torch.equal(found[:, :-1], weight[:, :-1])
+    expected = weight[:, -1] + (floating @ weight - quantized @ weight).mean(1)
+    torch.testing.assert_close(found[:, -1], expected)
 
 
 def test_equal_inputs_change_nothing_and_no_damping_is_refused():
