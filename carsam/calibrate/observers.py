@@ -36,7 +36,7 @@ class RangeRecorder:
             yield
 
     def apply(self, observer: str) -> None:
-        """Sets the grids of all recorded sites.
+        """Sets the grids of all recorded sites; one that names an observer of its own gets that one's.
 
         Raises:
             RuntimeError: A site saw no value: the recorded passes did not reach it.
@@ -44,4 +44,4 @@ class RangeRecorder:
         for quantizer, record in self.records.items():
             if not record.seen:
                 raise RuntimeError("an activation site saw no value during calibration; was its module run at all?")
-            record.fit(quantizer, observer)
+            record.fit(quantizer, quantizer.observer or observer)

@@ -26,8 +26,9 @@ from carsam.pack.source import packed_folder
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ActivationQuantizer, UniformSoftmax
 from carsam.reading import read_yaml
-from carsam.run.quantization import chosen_softmax
+from carsam.run.quantization import chosen_ranges, chosen_softmax
 from carsam.run.walk import fit_weights, quantized_layers
+from carsam.transform.choice import Choices
 
 _FIX = "get the folder again"
 
@@ -185,13 +186,19 @@ def round_to_nearest(
         ``simulate(activations=True)``.
     """
     method, sites = pair.method, pair.sites
-    rounded, base, plan, softmax = copy.deepcopy(pair.source), pair.reference, layout_plan(pair.packed, sites), {}
+    rounded, base, plan, choices = (
+        copy.deepcopy(pair.source),
+        pair.reference,
+        layout_plan(pair.packed, sites),
+        Choices(),
+    )
     if type(method).transform is not Method.transform or type(method).choose is not Method.choose:
         treated = sites.of_decoder() if pair.decoder_only else sites
         method.transform(rounded, treated, data)
-        softmax = method.choose(rounded, treated, data, plan).softmax
+        choices = method.choose(rounded, treated, data, plan)
         base = float_form(copy.deepcopy(rounded), sites)
-    prepare_model(rounded, sites, plan, method.quantizer_for, chosen_softmax(softmax, method))
+    quantizers = chosen_ranges(choices.ranges, method), chosen_softmax(choices.softmax, method)
+    prepare_model(rounded, sites, plan, *quantizers)
     rounded.to(pair.device).eval().requires_grad_(False)
     fit_weights(rounded, method.weight_observer)
     calibrate(rounded, data, method.activation_observer, progress=progress)

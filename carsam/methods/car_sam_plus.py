@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -17,12 +17,14 @@ from carsam.methods.car_sam import CarSam
 from carsam.models.sites import ResidualStream, Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import SoftmaxQuantizer, UniformSoftmax, softmax_grids
+from carsam.quantizers.ranges import OBSERVERS
 from carsam.reconstruct.layerwise import execution_order
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.units import Unit, run_unit
 from carsam.transform.choice import FOLDINGS, Choices, choose_foldings
 from carsam.transform.norm_choice import choose_norms
 from carsam.transform.operands import Refused
+from carsam.transform.range_choice import choose_ranges
 from carsam.transform.rotation import keeping_ones, randomised_hadamard, rotate_residual
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ class EquivalenceSettings:
         softmax: Grids of softmax outputs to choose among for every attention; the first is the one to beat.
         smoothing: Strengths to try for the channels of a norm that one Linear alone reads; none tries nothing.
         shift: Try to move those channels to the middle of their range as well.
+        observers: Range searches to try beside the usual one: for Q, K and V by the error of the attention's output,
+            for a layer's input by that of the layer's.
         rotation: Rotate the residual stream of the image encoder.
         images: Calibration images that choices are made on; every third of them judges.
         strict: Refuse the whole run where a family's table forbids an equivalence. Otherwise it is left out there, with
@@ -48,12 +52,17 @@ class EquivalenceSettings:
     softmax: tuple[str, ...] = ("uniform", "row-max", "log2")
     smoothing: tuple[float, ...] = (0.35, 0.5, 0.65, 0.8)
     shift: bool = True
+    observers: tuple[str, ...] = ("percentile", "min-max")
     rotation: bool = False
     images: int = 9
     strict: bool = False
 
     def __post_init__(self):
-        for name, values, known in (("folding", self.foldings, FOLDINGS), ("softmax", self.softmax, softmax_grids())):
+        for name, values, known in (
+            ("folding", self.foldings, FOLDINGS),
+            ("softmax", self.softmax, softmax_grids()),
+            ("observer", self.observers, OBSERVERS),
+        ):
             for value in values:
                 if value not in known:
                     raise ConfigError(f"unknown {name} {value!r}; choose from {', '.join(known)}.")
@@ -139,14 +148,22 @@ class CarSamPlus(CarSam):
             grids=settings.softmax,
             softmax=self._softmax,
             observer=self.activation_observer,
+            observers=settings.observers,
             images=settings.images,
             strict=settings.strict,
         )
         reports += choices.reports
+        ranges = dict(choices.ranges)
+        if settings.observers:
+            usual = self.activation_observer
+            observers = (usual, *(each for each in settings.observers if each != usual))
+            found, noted = choose_ranges(model, sites, data, plan, observers=observers, images=settings.images)
+            ranges |= found
+            reports += noted
         for report in reports:
             if "refused" in report:
                 logger.warning("%s It is left out.", report["refused"])
-        return replace(choices, reports=reports)
+        return Choices(choices.softmax, ranges, reports)
 
     def _softmax(self, grid: str, _site: str, bits: int) -> SoftmaxQuantizer:
         if grid == UniformSoftmax.grid:

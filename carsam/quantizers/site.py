@@ -74,6 +74,7 @@ class SiteQuantizer(Grid):
     it is calibrated (:meth:`record`), and the codes that the packed form stands for (:meth:`encode`, :meth:`decode`).
 
     Attributes:
+        observer: Range search chosen for this very site; None takes the one that calibration asks for.
         learns_scale: Whether reconstruction learns the scale (LSQ); False keeps the one that calibration found.
         per_channel: Whether channels (the last dimension) have grids of their own.
 
@@ -89,6 +90,7 @@ class SiteQuantizer(Grid):
         super().__init__()
         self.bits = bits
         self.always = always
+        self.observer: str | None = None
         self.learned: nn.Parameter | None = None
         self.relative = True
         if bits < 16:

@@ -19,12 +19,12 @@ from carsam.data.images.normalisation import Normalisation, normalisation_of, se
 from carsam.errors import CheckpointError
 from carsam.methods.base import Method
 from carsam.models.load import load_model
-from carsam.models.prepare import MakeSoftmax, prepare_model
+from carsam.models.prepare import MakeQuantizer, MakeSoftmax, prepare_model
 from carsam.models.sites import Sites
 from carsam.output.checks import base_ingredients
 from carsam.pack.layers import PackedLayer
 from carsam.prompts.calibration import CalibrationSet
-from carsam.quantizers import QuantizedLayer, SoftmaxQuantizer, softmax_grids
+from carsam.quantizers import QuantizedLayer, SiteQuantizer, SoftmaxQuantizer, softmax_grids
 from carsam.run.allocation import plan_for_budget
 from carsam.run.context import RunContext
 from carsam.run.store import fingerprint
@@ -117,6 +117,17 @@ def chosen_softmax(chosen: Mapping[str, str], method: Method) -> MakeSoftmax:
     return softmax
 
 
+def chosen_ranges(chosen: Mapping[str, str], method: Method) -> MakeQuantizer:
+    """Makes the method's quantizer of an activation site, with the observer that was chosen for it."""
+
+    def quantizer(site: str, bits: int, role: str) -> SiteQuantizer:
+        made = method.quantizer_for(site, bits, role)
+        made.observer = chosen.get(site)
+        return made
+
+    return quantizer
+
+
 def to_integers(
     reference: PreTrainedModel, sites: Sites, run: Run, data: CalibrationSet, context: RunContext
 ) -> tuple[PreTrainedModel, WalkReport]:
@@ -147,7 +158,7 @@ def to_integers(
             choices.reports.append(allocation)
             run.plan = plan
         model = copy.deepcopy(reference)
-        prepare_model(model, sites, plan, method.quantizer_for, softmax)
+        prepare_model(model, sites, plan, chosen_ranges(choices.ranges, method), softmax)
         model.to(context.device).requires_grad_(False)
         with hooks.work("fit weights"):
             fit_weights(model, method.weight_observer)
@@ -157,7 +168,7 @@ def to_integers(
     if units:
         bits = [plan.weight_bits(site.name) for site in sites.layers]
         bits += [plan.activation_bits(name) for name in sites.activation_names]
-        decided = [bits, choices.softmax] if choices.softmax else [bits]
+        decided = [bits, *(each for each in (choices.softmax, choices.ranges) if each)]
         base_key = fingerprint(base_ingredients(reference, data, context.seed, context.device), *decided)
         with stages("units", len(units)):
             report = Walk(model, reference, treated, method, data, base_key, context).run()

@@ -1,8 +1,10 @@
 """Which equivalences and which grid of P serve an attention best, by the error of its output on held-out images.
 
-No folding is best everywhere. Centred values lose nothing where a row of P rounds to zero, but where one image differs
-from the next in its mean, the mean of all is not the middle of any. So each attention is tried alone, with quantized
-inputs of its two MatMuls, and keeps what has the least error on calibration images that its ranges were not set on.
+No folding is best everywhere. Centred values lose nothing where a row of P rounds to zero. But they spread less, so
+that a range by their own squared error is narrower, and the few values far out that it clips can be the ones that a
+prompt attends to (docs/BEYOND.md has the numbers). So each attention is tried alone, with quantized inputs of its two
+MatMuls, and keeps the foldings, the ranges and the grid of P with the least error on calibration images that the ranges
+were not set on.
 """
 
 from __future__ import annotations
@@ -78,16 +80,28 @@ FOLDINGS: dict[str, Folding] = {
 }
 
 
+# The operand whose range a folding changes most.
+CHANGES = {
+    "centre values": "value",
+    "centre keys": "key",
+    "balance": "query",
+    "even values": "value",
+    "hadamard": "value",
+}
+
+
 @dataclass(frozen=True)
 class Choices:
     """What was chosen for a model's attentions.
 
     Attributes:
         softmax: Grid of the softmax output by attention.
+        ranges: Observer by activation site, where it is not the usual one.
         reports: One mapping an attention, and one for every folding that was refused.
     """
 
     softmax: dict[str, str] = field(default_factory=dict)
+    ranges: dict[str, str] = field(default_factory=dict)
     reports: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -178,8 +192,14 @@ class Trial:
         result = module(*call[0], **call[1])
         return result if isinstance(result, Tensor) else result[0]
 
-    def error(self, module: nn.Module, grid: str) -> float:
-        """Σ (output − float output)² over the judges' images, of a float attention quantized with a grid of P."""
+    def error(self, module: nn.Module, grid: str, ranges: Mapping[str, str] | None = None) -> float:
+        """Σ (output − float output)² over the judges' images, of a float attention when it is quantized.
+
+        Args:
+            module: The attention, or an equivalent of it.
+            grid: Of P.
+            ranges: Observers by operand where they are not the usual one.
+        """
         model = island(self._site.name, copy.deepcopy(module))
         prepare_model(
             model,
@@ -189,6 +209,8 @@ class Trial:
             lambda site, bits: self._softmax(grid, site, bits),
         )
         attention = model.get_submodule(self._site.name).to(next(module.parameters()).device)
+        for which, observer in (ranges or {}).items():
+            getattr(attention.matmul, which).observer = observer
         recorder = RangeRecorder([attention])
         with recorder.recording(), simulate(weights=False, activations=False):
             for call in self._calls.fit:
@@ -197,6 +219,60 @@ class Trial:
         with simulate(weights=False, activations=True, drop=0.0):
             outputs = [self._run(attention, call) for call in self._calls.judge]
         return sum((out - target).square().sum().item() for out, target in zip(outputs, self._targets))
+
+
+class Search:
+    """The search at one attention: whatever lowers the error on held-out images is kept, one thing after the other.
+
+    Args:
+        trial: The attention alone.
+        module: The attention, in the model; what is folded goes into its weights.
+        grids: Grids of P to choose from; the first is the one to beat.
+        observers: Range searches to choose from for Q, K and V; the first is the usual one.
+    """
+
+    def __init__(self, trial: Trial, module: nn.Module, grids: Sequence[str], observers: Sequence[str]):
+        self._trial, self._module = trial, module
+        self._grids, self._observers = grids, observers
+        self.grid, self.ranges, self.kept = grids[0], dict[str, str](), list[str]()
+        self.first = self.best = trial.error(module, grids[0])
+
+    def _keep(self, error: float, share: float = 1 - LEAST_GAIN) -> bool:
+        """Whether an error is better by enough; it is the one to beat then."""
+        if error < share * self.best:
+            self.best = error
+            return True
+        return False
+
+    def choose_grid(self) -> None:
+        """Tries the other grids of P."""
+        for grid in self._grids:
+            if grid != self.grid and self._keep(self._trial.error(self._module, grid, self.ranges)):
+                self.grid = grid
+
+    def choose_ranges(self, operands: Sequence[str]) -> None:
+        """Tries the other observers at some operands."""
+        for which in operands:
+            for observer in self._observers:
+                ranges = {**self.ranges, which: observer}
+                if observer != self.ranges.get(which, self._observers[0]) and self._keep(
+                    self._trial.error(self._module, self.grid, ranges)
+                ):
+                    self.ranges = ranges
+
+    def fold(self, name: str, change: Callable[[nn.Module], None]) -> bool:
+        """Tries a folding, with the ranges as they are and with each of the other observers at what it changes."""
+        attempt = copy.deepcopy(self._module)
+        change(attempt)
+        trials = [self.ranges, *({**self.ranges, CHANGES[name]: observer} for observer in self._observers)]
+        errors = [self._trial.error(attempt, self.grid, ranges) for ranges in trials]
+        if not self._keep(min(errors)):
+            return False
+        self.ranges = trials[errors.index(min(errors))]
+        self.kept.append(name)
+        for mine, other in zip(self._module.parameters(), attempt.parameters()):
+            mine.copy_(other)  # the module stays the model's own
+        return True
 
 
 @torch.no_grad()
@@ -210,6 +286,7 @@ def choose_foldings(
     grids: Sequence[str],
     softmax: Callable[[str, str, int], SoftmaxQuantizer],
     observer: str = "mse",
+    observers: Sequence[str] = (),
     images: int = 9,
     strict: bool = False,
 ) -> Choices:
@@ -224,60 +301,51 @@ def choose_foldings(
         grids: Grids of softmax outputs to try; the first is the one to beat.
         softmax: Makes a quantizer from a grid's name, the site's name and bits.
         observer: Of the ranges.
+        observers: Other range searches to try for queries, keys and values.
         images: Calibration images to use.
         strict: Raise where an equivalence is refused, instead of noting it.
 
     Returns:
-        The grids by attention, and what happened.
+        Grids and ranges by attention and operand, and what happened.
 
     Raises:
         Refused: With ``strict``.
     """
     choices = Choices()
+    observers = (observer, *(each for each in observers if each != observer))
     statistics = operand_statistics(model, sites, data, sites.attentions, images)
     calls = captured_calls(model, sites, data, images)
     for site in sites.attentions:
         trial = Trial(model, site, sites, plan, calls.pop(site.name), softmax, observer)
         if not trial.quantizes:
             continue
-        module = model.get_submodule(site.name)
+        search = Search(trial, model.get_submodule(site.name), grids, observers)
         found = {which: statistics[site.operand(which)] for which in OPERANDS[:3]}
-        errors = {grid: trial.error(module, grid) for grid in grids}
-        first = errors[grids[0]]
-        grid, kept = min(errors, key=errors.get), []
-        best = errors[grid]
+        search.choose_grid()
+        search.choose_ranges(("value", "key", "query"))
         for name in (name for name in FOLDINGS if name in foldings):
-            attempt = copy.deepcopy(module)
-            try:
-                # Each reads what those before it leave as it was: means before centring, spreads before scales.
+            # Each reads what those before it leave as it was: means before centring, spreads before scales.
+            def change(attempt: nn.Module, name: str = name, site: AttentionSite = site, found: Any = found) -> None:
                 FOLDINGS[name](island(site.name, attempt), site, found)
+
+            try:
+                search.fold(name, change)
             except Refused as refusal:
                 if strict:
                     raise
                 choices.reports.append({"transform": name, "attention": site.name, "refused": str(refusal)})
-                continue
-            error = trial.error(attempt, grid)
-            if error < (1 - LEAST_GAIN) * best:
-                best = error
-                kept.append(name)
-                _take(module, attempt)
-        for other in grids:
-            if kept and other != grid and (error := trial.error(module, other)) < best:
-                best, grid = error, other
-        choices.softmax[site.name] = grid
+        if search.kept:
+            search.choose_grid()
+        choices.softmax[site.name] = search.grid
+        choices.ranges.update({site.operand(which): each for which, each in search.ranges.items()})
         choices.reports.append(
             {
                 "transform": "foldings",
                 "attention": site.name,
-                "kept": ", ".join(kept) or "none",
-                "softmax": grid,
-                "error": best / max(first, 1e-30),
+                "kept": ", ".join(search.kept) or "none",
+                "softmax": search.grid,
+                "ranges": ", ".join(f"{which} {each}" for which, each in search.ranges.items()) or observer,
+                "error": search.best / max(search.first, 1e-30),
             }
         )
     return choices
-
-
-def _take(module: nn.Module, source: nn.Module) -> None:
-    """Copies all parameters: the module stays the model's own."""
-    for mine, other in zip(module.parameters(), source.parameters()):
-        mine.copy_(other)

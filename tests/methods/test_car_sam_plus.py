@@ -120,6 +120,7 @@ def test_presets_are_settings_of_the_method_and_other_flags_win():
         ({"softmax": []}, "at least one grid"),
         ({"softmax": ["log3"]}, "unknown softmax 'log3'"),
         ({"smoothing": [1.5]}, "0 to 1"),
+        ({"observers": ["median"]}, "unknown observer 'median'"),
         ({"images": 0}, "at least one image"),
     ],
 )

@@ -27,7 +27,10 @@ def short(name):
     ranges = {"weight_observer": "min-max", "activation_observer": "min-max"}
     few = {"reconstruction": {"steps": 2, "decoder_steps": 2}} if has_steps else {}
     if hasattr(create(name), "refit"):
-        few |= {"refit": {"damping": 0.1}, "equivalences": {"foldings": ["centre values"], "smoothing": [0.5]}}
+        few |= {
+            "refit": {"damping": 0.1},
+            "equivalences": {"foldings": ["centre values"], "smoothing": [0.5], "observers": []},
+        }
     return {**ranges, **few}
 
 

@@ -1,0 +1,99 @@
+"""Which range search serves a layer's input, by the error of the layer's output on held-out images.
+
+The usual one weighs all values alike. A layer does not: values far out may be the ones that decide its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carsam.bits.plan import BitPlan
+from carsam.models.sites import Sites
+from carsam.prompts.calibration import CalibrationSet
+from carsam.quantizers.affine import decode, encode
+from carsam.quantizers.sampling import odd_step_within
+from carsam.quantizers.uniform import UniformRecord
+from carsam.transform.choice import JUDGES, LEAST_GAIN
+from carsam.transform.statistics import run_hooked
+
+# Rows of an image that judge.
+ROWS = 192
+
+
+@dataclass
+class _Seen:
+    """What was seen of a layer's input: a record of the images that set ranges, and rows of the others."""
+
+    record: UniformRecord = field(default_factory=UniformRecord)
+    rows: list[Tensor] = field(default_factory=list)
+
+
+def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """Some of the rows that a layer's outputs are computed from, (groups, rows, d): tokens, or patches of a map."""
+    if not isinstance(layer, nn.Conv2d):
+        flat = x.detach().flatten(0, -2)[None]
+    else:
+        patches = F.unfold(x.detach(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        flat = patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    return flat[:, :: odd_step_within(flat.shape[1], ROWS)].clone()
+
+
+@torch.no_grad()
+def choose_ranges(
+    model: nn.Module,
+    sites: Sites,
+    data: CalibrationSet,
+    plan: BitPlan,
+    *,
+    observers: Sequence[str],
+    images: int = 9,
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Observers of layers' inputs where another one than the first serves better.
+
+    Args:
+        model: Float model.
+        sites: The sites to treat.
+        data: Calibration images; the first of them are used, every third judges.
+        plan: Bits of the layers' inputs.
+        observers: To choose from; the first is the usual one.
+        images: Calibration images to use.
+
+    Returns:
+        Observers by activation site, and one report a layer that got another one.
+    """
+    layers = {site.name: site.input for site in sites.layers if plan.activation_bits(site.input) < 16}
+    seen = {name: _Seen() for name in layers}
+    judged = min(images, len(data.images)) >= JUDGES
+    for index, image in enumerate(data.images[:images]):
+        judging = judged and index % JUDGES == JUDGES - 1
+
+        def see(name: str, x: Tensor, judging: bool = judging) -> None:
+            if not judging:
+                seen[name].record.update(x)
+            if judging or not judged:
+                seen[name].rows.append(rows_of(model.get_submodule(name), x))
+
+        hooks = [(name, lambda x, _out, name=name, see=see: see(name, x)) for name in layers]
+        run_hooked(model, sites, CalibrationSet((image,), 0, ""), hooks)
+
+    chosen: dict[str, str] = {}
+    reports = []
+    for name, site in layers.items():
+        layer, rows = model.get_submodule(name), torch.cat(seen[name].rows, dim=1)
+        weight = layer.weight.detach().flatten(1).unflatten(0, (len(rows), -1)).transpose(1, 2)
+        bits, errors = plan.activation_bits(site), {}
+        for observer in observers:
+            scale, zero = seen[name].record.uniform_grid(bits, observer)
+            missing = decode(encode(rows, scale, zero, bits), scale, zero).sub_(rows)
+            errors[observer] = (missing @ weight).square().sum().item()
+        first, best = errors[observers[0]], min(errors, key=errors.get)
+        if errors[best] < (1 - LEAST_GAIN) * first:
+            chosen[site] = best
+            reports.append({"transform": "range", "site": site, "observer": best, "error": errors[best] / first})
+    return chosen, reports
