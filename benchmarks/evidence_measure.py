@@ -235,6 +235,7 @@ def quantization_of(result: QuantizeResult, shared: Sequence[str]) -> dict[str, 
         "units": units,
         "compensations": [compact(asdict(item)) for item in result.report.compensations],
         "transforms": compact(result.report.transforms),
+        **({"masks": compact(asdict(result.report.masks))} if result.report.masks is not None else {}),
     }
 
 
