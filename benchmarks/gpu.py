@@ -251,6 +251,18 @@ def difference(encoder: nn.Module, simulated: Tensor, pixels: Tensor) -> float:
     return float((ours - simulated).norm() / simulated.norm())
 
 
+def kernels(bench: Bench, name: str, most: int = 10) -> None:
+    """Says which kernels one pass of a subject spends its time in."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        bench.once(name)
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)[:most]
+    for event in events:
+        ms = event.self_device_time_total / 1000
+        bench.say("kernel", subject=name, ms=ms, calls=event.count, kernel=event.key[:90])
+
+
 def exactness(bench: Bench, bits: str, source: nn.Module, pixels: Tensor) -> None:
     """Compares every block in float32 on the inputs that it has in the simulated model: only kernels differ then."""
     inputs: list[Tensor] = []
@@ -391,6 +403,9 @@ def main() -> int:
     integers("w4a4", "ours W4A4, weights in bytes", 14, packed=False)
     bench.interleave(arguments.repeats)
     bench.table(arguments.batch)
+    for name in bench.subjects if cuda else ():
+        if bench.left > 3:
+            kernels(bench, name)
     for bits, source in simulated.items():
         if bench.left > 15:
             exactness(bench, bits, source, pixels[:1])

@@ -13,7 +13,10 @@ from carsam.commands.streams import prepare_streams
 from carsam.version import __version__
 
 # In the order of the help. A new command is a module in carsam/commands and its name here.
-COMMANDS = ("quantize", "evaluate", "predict", "compare", "diagnose", "report", "export", "info", "methods", "push")
+COMMANDS = (
+    *("quantize", "evaluate", "predict", "compare", "diagnose", "report"),
+    *("export", "benchmark", "info", "methods", "push"),
+)
 
 
 class _Command(TyperCommand):

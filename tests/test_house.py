@@ -26,11 +26,12 @@ ORDER = (
         "reconstruct",
         "methods",
         "pack",
-        "runtime",
         "export",
+        "runtime",
         "predict",
         "evaluate",
         "run",
+        "benchmark",
         "pipeline",
         "diagnose",
         "report",
@@ -152,6 +153,7 @@ def test_the_rooms_of_the_design_are_there():
     story = {"models", "data", "prompts", "quantizers", "bits", "calibrate", "transform", "compensate", "reconstruct"}
     assert rooms == {
         *story,
+        "benchmark",
         "methods",
         "run",
         "pack",

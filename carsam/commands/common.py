@@ -72,6 +72,16 @@ Normalise = Annotated[
     ),
 ]
 
+Runtime = Annotated[
+    str,
+    typer.Option(
+        help="torch; onnx: ONNX Runtime on the processor, quantized layers in integers; cuda: integers on an NVIDIA "
+        "GPU.",
+        metavar="NAME",
+        autocompletion=complete_from("torch", "onnx", "cuda"),
+    ),
+]
+
 ImageSize = Annotated[
     int | None,
     typer.Option(
@@ -136,16 +146,16 @@ def show_warnings() -> None:
 
 
 def open_model(
-    source: str, device: str, normalise: str | None = None, image_size: int | None = None
+    source: str, device: str, normalise: str | None = None, image_size: int | None = None, runtime: str = "torch"
 ) -> PreTrainedModel:
     """A packed or a float model, whichever ``source`` is: a folder, a Hub id, or a checkpoint file.
 
     Raises:
-        CarsamError: It is neither, or damaged; the device is not there.
+        CarsamError: It is neither, or damaged; the device is not there; the runtime does not run it.
     """
     from carsam.pack.checkpoint import open_model
 
-    return open_model(source, device=device, normalise=normalise, image_size=image_size)
+    return open_model(source, device=device, normalise=normalise, image_size=image_size, runtime=runtime)
 
 
 @contextmanager

@@ -7,14 +7,14 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from carsam.commands.common import Device, ImageSize, Normalise, duration, err, merge_results, open_model
+from carsam.commands.common import Device, ImageSize, Normalise, Runtime, duration, err, merge_results, open_model
 from carsam.commands.output import Json, Output, Quiet, renamed
 from carsam.commands.progress import Reporter
 from carsam.commands.videos import VideoOptions, evaluate_video
@@ -103,6 +103,7 @@ def evaluate(
     normalise: Normalise = None,
     image_size: ImageSize = None,
     device: Device = "auto",
+    runtime: Runtime = "torch",
     quiet: Quiet = False,
 ) -> None:
     """Measure masks from box prompts (segm AP, box AP, mean IoU), or objects followed through videos (J, F).
@@ -133,14 +134,16 @@ def evaluate(
     float_model = None
     if floating is not None and float_scores is None:
         float_model = open_model(floating, device, normalise, image_size)
-    sam = open_model(model, device, normalise, image_size)
+    sam = open_model(model, device, normalise, image_size, runtime)
 
-    data = _Data(coco, images, detections, limit, points, quiet)
+    data = _Data(coco, images, detections, limit, points, quiet, runtime)
     started = time.perf_counter()
     # Finished images stay until everything that was asked for is written.
     with Journals(cache_folder() / "evaluations", restart=restart, note=None if quiet else _note) as journals:
         try:
-            float_run = None if float_model is None else data.measure(float_model, journals, "the float model, ")
+            float_run = None
+            if float_model is not None:
+                float_run = replace(data, runtime="torch").measure(float_model, journals, "the float model, ")
             run = data.measure(sam, journals)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_interrupted(journals)) from None
@@ -182,6 +185,7 @@ class _Data:
     limit: int | None
     points: bool
     quiet: bool
+    runtime: str
 
     def measure(self, model: PreTrainedModel, journals: Journals, whose: str = "") -> _Run:
         """Evaluates a model with boxes and, where asked for, with clicks."""
@@ -200,6 +204,8 @@ class _Data:
                 clicks = evaluate_points(model, self.coco, self.images, progress=progress, **common)
         boxes = str(self.detections) if self.detections else None
         data = {"coco": str(self.coco), "images": str(self.images), "boxes": boxes, "limit": self.limit}
+        if self.runtime != "torch":
+            data["runtime"] = self.runtime
         return _Run(data, result, clicks, time.perf_counter() - started)
 
     @contextmanager

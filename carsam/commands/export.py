@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from carsam.export.check import Proof
     from carsam.export.export import Exported
 
-PROFILES = ("onnx", "osam", "samexporter", "transformers.js", "x-anylabeling")  # completed without importing torch
+# Completed without importing torch.
+PROFILES = ("onnx", "openvino", "osam", "samexporter", "transformers.js", "x-anylabeling")
 
 
 def export(
@@ -26,7 +27,7 @@ def export(
     profile: Annotated[
         str,
         typer.Option(
-            help="Tool that reads the files: onnx (ONNX Runtime, OpenVINO, your programs), x-anylabeling, samexporter, "
+            help="Tool that reads the files: onnx (ONNX Runtime, your programs), openvino, x-anylabeling, samexporter, "
             "transformers.js or osam (labelme).",
             metavar="TOOL",
             autocompletion=complete_from(*PROFILES),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carsam.commands.common import Device, ImageSize, Normalise, open_model
+from carsam.commands.common import Device, ImageSize, Normalise, Runtime, open_model
 from carsam.commands.output import STDOUT, Json, Output, Quiet
 from carsam.commands.progress import Reporter
 from carsam.commands.videos import FollowOptions, predict_video
@@ -139,6 +139,7 @@ def predict(
     normalise: Normalise = None,
     image_size: ImageSize = None,
     device: Device = "auto",
+    runtime: Runtime = "torch",
 ) -> None:
     """Write masks of images, from boxes and points or of everything, or of objects followed through a video.
 
@@ -200,7 +201,7 @@ def predict(
         assigned.image_ids,
         output.line,
     )
-    predictor = SamPredictor(open_model(model, device, normalise, image_size))
+    predictor = SamPredictor(open_model(model, device, normalise, image_size, runtime))
     generator = _generator(predictor, settings) if everything else None
     if quiet or len(assigned.work) == 1:
         job.run(predictor, generator, lambda done, total: None)

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from carsam.models.forward import runs_in
 from carsam.output.lock import InUseError, locked
 from carsam.output.user_cache import CACHE_VARIABLE
 from carsam.plugins import outside_sources
@@ -253,9 +254,15 @@ def evaluation_parts(
         "model": [model_fingerprint(model), str(model), model.config.to_json_string(use_diff=False)],
         **contents,
         "settings": settings,
-        "device or thread count": [str(model.device.type), torch.get_num_threads()],
+        "device or thread count": [str(model.device.type), torch.get_num_threads(), _runtime(model)],
         "version of carsam, torch or transformers": [_code(model), versions],
     }
+
+
+def _runtime(model: nn.Module) -> str:
+    """Where a model computes; torch's integer layers are seen in the model itself."""
+    halves = runs_in(model)
+    return "torch" if halves is None else halves.runtime
 
 
 def _remove(folder: Path) -> None:

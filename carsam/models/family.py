@@ -267,6 +267,22 @@ class Family(ABC):
     def predict_logits(self, model: nn.Module, image_embeddings: Tensor, **prompts: Any) -> tuple[Tensor, Tensor]:
         """Low-resolution logits and predicted IoU of prompts; see :func:`carsam.models.forward.predict_logits`."""
 
+    # Whether a box of two corners is followed by a point that is none, as SAM 2's is.
+    box_ends_in_no_point: ClassVar[bool] = False
+
+    def chosen_masks(
+        self, model: nn.Module, logits: Tensor, iou: Tensor, multimask_output: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What :meth:`predict_logits` gives, of all the masks that a decoder of :meth:`halves` gives.
+
+        Args:
+            model: The model.
+            logits, iou: (B, M, h, w) and (B, M), the single mask first.
+            multimask_output: The others instead of it.
+        """
+        shown = slice(1, None) if multimask_output else slice(0, 1)
+        return logits[:, shown], iou[:, shown]
+
     def halves(self, model: nn.Module) -> Halves:
         """The model in two halves for export.
 

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from carsam.models.family import family_of
+from carsam.models.prompts import check_prompts
+
+if TYPE_CHECKING:
+    from carsam.runtime.halves import Halves
 
 Source = Callable[[Tensor, Callable[[], Tensor]], Tensor]
 _sources: dict[int, Source] = {}
@@ -55,11 +60,27 @@ def served(model: nn.Module, source: Source) -> Iterator[None]:
             _sources[id(model)] = before
 
 
+_ELSEWHERE = "carsam_halves"
+
+
+def run_in(model: nn.Module, halves: Halves | None) -> None:
+    """Has a model's halves run elsewhere from here on, or in torch again (None); copies of the model do as it does."""
+    model.__dict__[_ELSEWHERE] = halves
+
+
+def runs_in(model: nn.Module) -> Halves | None:
+    """Where a model's halves run; None: in torch."""
+    return model.__dict__.get(_ELSEWHERE)
+
+
 def encode_image(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """Image embeddings ``(B, C, h, w)`` of preprocessed images ``(B, 3, S, S)``, on the model's device."""
 
     def encode() -> Tensor:
-        return family_of(model).encode_image(model, pixel_values)
+        halves = runs_in(model)
+        return (
+            family_of(model).encode_image(model, pixel_values) if halves is None else halves.encode_image(pixel_values)
+        )
 
     source = _sources.get(id(model))
     return _around("encode", encode if source is None else lambda: source(pixel_values, encode))
@@ -93,7 +114,10 @@ def predict_logits(
         ValueError: Shapes do not fit, a number is not finite, a label is unknown, or a box is upside down.
     """
     prompts = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
-    return _around(
-        "decode",
-        lambda: family_of(model).predict_logits(model, image_embeddings, **prompts, multimask_output=multimask_output),
-    )
+    halves, family = runs_in(model), family_of(model)
+    if halves is None:
+        run = partial(family.predict_logits, model, image_embeddings, **prompts, multimask_output=multimask_output)
+        return _around("decode", run)
+    check_prompts(halves.mask_side, **prompts)
+    masks_and_iou = _around("decode", partial(halves.all_masks, image_embeddings, **prompts))
+    return family.chosen_masks(model, *masks_and_iou, multimask_output)

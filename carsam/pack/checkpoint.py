@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from carsam.data.images.normalisation import named_normalisation, normalisation_of, set_normalisation
-from carsam.device import resolve_device
-from carsam.errors import CarsamError, CheckpointError, ConfigError, DeviceError
+from carsam.errors import CarsamError, CheckpointError
 from carsam.models.family import Family, family_of, family_of_type
 from carsam.models.folder import check_image_size, from_folder
 from carsam.models.load import is_hub_id, load_model
@@ -61,9 +60,6 @@ def write_folder(model: PreTrainedModel, folder: Path, recipe: dict[str, Any]) -
     remember(recipe)
 
 
-RUNTIMES = ("torch", "cuda")
-
-
 def load(
     source: str | Path,
     *,
@@ -78,19 +74,22 @@ def load(
             id (``owner/name``, ``owner/name@revision``), which works offline when it is in the cache.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         revision: Branch, tag or commit of a Hub id.
-        runtime: ``torch`` computes in float32 with the values that the integers stand for, on any device. ``cuda``
-            multiplies the integers themselves on an NVIDIA GPU (on ``cuda`` unless ``device`` names one), the image
-            encoder in bfloat16 between them; the first pass compiles for about half a minute.
+        runtime: ``torch`` computes in float32 with the values that the integers stand for, on any device. ``onnx`` runs
+            on ONNX Runtime on the processor, quantized layers in integer kernels; the first time, its files are written
+            to the user's cache. ``cuda`` multiplies integers on an NVIDIA GPU (on ``cuda`` unless ``device`` names
+            one), the image encoder in bfloat16 between them; the first pass compiles for about half a minute.
 
     Returns:
         A model in eval mode.
 
     Raises:
         CheckpointError: The folder is incomplete, altered, or not a packed model; the Hub does not have it.
-        ConfigError: The runtime is unknown.
+        ConfigError: The runtime is unknown, or not installed.
         DeviceError: The device is not there, or not one for the runtime.
     """
-    device = _device_for(runtime, device)
+    from carsam.runtime.choose import device_for, use_runtime  # its rooms need this one
+
+    device = device_for(runtime, device)
     folder = packed_folder(source, revision)
     if folder is None:
         folder = _not_packed(source)
@@ -106,24 +105,7 @@ def load(
     if wrong:
         raise CheckpointError(f"{folder} does not hold the tensors that it should, for example {sorted(wrong)[:3]}.")
     set_normalisation(model, normalisation_of(model))
-    model = model.to(device).eval().requires_grad_(False)
-    if runtime == "cuda":
-        from carsam.runtime.cuda import run_on_integers  # needs this room, and only those who ask for it need it
-
-        run_on_integers(model)
-    return model
-
-
-def _device_for(runtime: str, device: str | torch.device) -> torch.device:
-    """The device of a runtime, checked to be there."""
-    if runtime not in RUNTIMES:
-        raise ConfigError(f"unknown runtime {str(runtime)[:60]!r}; choose from {', '.join(RUNTIMES)}.")
-    if runtime == "cuda" and str(device) == "cpu":
-        device = "cuda"
-    resolved = resolve_device(device)
-    if runtime == "cuda" and resolved.type != "cuda":
-        raise DeviceError(f"runtime cuda needs an NVIDIA GPU, not {resolved}; use runtime torch.")
-    return resolved
+    return use_runtime(model.to(device).eval().requires_grad_(False), runtime)
 
 
 def open_model(
@@ -132,6 +114,7 @@ def open_model(
     device: str | torch.device = "cpu",
     normalise: str | None = None,
     image_size: int | None = None,
+    runtime: str = "torch",
 ) -> PreTrainedModel:
     """A packed or a float model, whichever ``source`` is.
 
@@ -140,11 +123,14 @@ def open_model(
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``.
         normalise: ``imagenet``, ``unit`` or ``min-max`` instead of the model's own normalisation.
         image_size: Side of the input in pixels; see :func:`carsam.load_model`. A packed model's is known.
+        runtime: See :func:`load`; a float model runs in ``torch`` and ``onnx``.
 
     Raises:
-        CarsamError: It is neither, or damaged; the device is not there.
+        CarsamError: It is neither, or damaged; the device is not there; the runtime does not run it.
     """
-    device = resolve_device(device)
+    from carsam.runtime.choose import device_for, use_runtime
+
+    device = device_for(runtime, device)
     normalisation = None if normalise is None else named_normalisation(normalise)
     folder = packed_folder(source)
     if folder is not None:
@@ -154,7 +140,7 @@ def open_model(
         model = load_model(source, device=device, image_size=image_size)
     if normalisation is not None:
         set_normalisation(model, normalisation)
-    return model
+    return use_runtime(model, runtime)
 
 
 def check_folder(folder: Path) -> Family:

@@ -78,9 +78,10 @@ class SamPredictor:
 
     Args:
         sam_model: A transformers model, float or packed, or the folder, file or Hub id of one.
+        runtime: ``torch``, ``onnx`` or ``cuda``, see :func:`carsam.load`; None leaves a model where it computes.
 
     Raises:
-        ValueError: The model is something else.
+        ValueError: The model is something else, or the runtime does not run it.
 
     Attributes:
         model: The model.
@@ -93,8 +94,8 @@ class SamPredictor:
 
     image_format = "RGB"
 
-    def __init__(self, sam_model: nn.Module | str | Path) -> None:
-        self.model = as_sam_model(sam_model)
+    def __init__(self, sam_model: nn.Module | str | Path, runtime: str | None = None) -> None:
+        self.model = as_sam_model(sam_model, runtime)
         self.preprocessor = Preprocessor.for_model(self.model)
         self.transform = ResizeLongestSide(self.preprocessor.image_size, self.preprocessor.stretched)
         self.reset_image()

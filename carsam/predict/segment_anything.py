@@ -29,19 +29,26 @@ def as_segment_anything(model: PreTrainedModel | str | Path) -> nn.Module:
     return family_of(sam).as_segment_anything(sam)
 
 
-def as_sam_model(model: nn.Module | str | Path) -> PreTrainedModel:
+def as_sam_model(model: nn.Module | str | Path, runtime: str | None = None) -> PreTrainedModel:
     """The transformers model of whatever stands for one.
+
+    Args:
+        model: A model, float or packed, or the folder, file or Hub id of one.
+        runtime: Where it computes from here on (see :func:`carsam.load`); None leaves a model as it is.
 
     Raises:
         ValueError: It is something else.
         CarsamError: There is no such model, or it is damaged.
     """
-    if isinstance(own := getattr(model, "sam_model", None), PreTrainedModel):
-        return own
-    if isinstance(model, PreTrainedModel):
-        return require_known(model)
     if isinstance(model, (str, Path)):
-        return _open(model)
+        return _open(model, runtime or "torch")
+    own = getattr(model, "sam_model", None)
+    known = own if isinstance(own, PreTrainedModel) else model if isinstance(model, PreTrainedModel) else None
+    if known is not None:
+        from carsam.runtime.choose import use_runtime
+
+        known = known if known is own else require_known(known)
+        return known if runtime is None else use_runtime(known, runtime)
     if isinstance(model, nn.Module) and _is_published(model):
         raise ValueError(
             "this is segment-anything's own model; save its weights with torch.save(sam.state_dict(), 'sam.pth') and "
@@ -58,10 +65,10 @@ def _is_published(model: nn.Module) -> bool:
     return any(family.find_state(state, "the model") is not None for family in families().values())
 
 
-def _open(source: str | Path) -> PreTrainedModel:
+def _open(source: str | Path, runtime: str) -> PreTrainedModel:
     from carsam.pack.checkpoint import open_model
 
-    return open_model(source)
+    return open_model(source, runtime=runtime)
 
 
 def require_known(model: PreTrainedModel) -> PreTrainedModel:

@@ -152,7 +152,7 @@ def test_a_float_model_is_exported_as_it_is(nano_folder, nano, pixel_values, tmp
 
 
 def test_profiles_are_found():
-    assert set(profiles()) == {"onnx", "osam", "samexporter", "transformers.js", "x-anylabeling"}
+    assert set(profiles()) == {"onnx", "openvino", "osam", "samexporter", "transformers.js", "x-anylabeling"}
 
 
 def test_what_cannot_be_exported_is_refused(packed_folder, tmp_path, monkeypatch):

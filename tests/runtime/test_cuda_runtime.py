@@ -34,7 +34,7 @@ def test_masks_are_those_of_the_simulated_model(packed_folder, small_set, dtype)
 
 
 def test_a_wrong_runtime_is_an_error(packed_folder):
-    with pytest.raises(ConfigError, match="choose from torch, cuda"):
+    with pytest.raises(ConfigError, match="choose from torch, onnx, cuda"):
         carsam.load(packed_folder, runtime="tpu")
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="device cuda is not available"):

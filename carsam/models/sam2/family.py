@@ -119,6 +119,19 @@ class Sam2(Sam):
     def predict_logits(self, model: nn.Module, image_embeddings: Tensor, **prompts: Any) -> tuple[Tensor, Tensor]:
         return forward.predict_logits(model, image_embeddings, **prompts)
 
+    box_ends_in_no_point = True
+
+    def chosen_masks(
+        self, model: nn.Module, logits: Tensor, iou: Tensor, multimask_output: bool
+    ) -> tuple[Tensor, Tensor]:
+        decoder = model.mask_decoder
+        applies = decoder.dynamic_multimask_via_stability and not decoder.training
+        if multimask_output or not applies or not len(logits):
+            return super().chosen_masks(model, logits, iou, multimask_output)
+        # As transformers' decoder ends: a single mask that is not stable gives way to the best of the others.
+        masks, scores = decoder._dynamic_multimask_via_stability(logits[None], iou[None])
+        return masks[0], scores[0]
+
     def halves(self, model: nn.Module) -> Halves:
         return Halves(Sam2Encoder(model), Sam2Decoder(model), NAMES)
 

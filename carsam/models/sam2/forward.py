@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from carsam.models.family import Tensors
+from carsam.models.prompts import check_prompts
 from carsam.models.sam.decoder import transformer_arguments
-from carsam.models.sam.forward import check_prompts, embed_prompts
+from carsam.models.sam.forward import embed_prompts
 from carsam.models.sam2.encoder import fold, narrow, unfold
 
 
