@@ -5,9 +5,10 @@ Install the tools in a folder of their own, never beside carsam (X-AnyLabeling i
     pip install --target TOOLS --no-deps samexporter osam x-anylabeling-cvhub opencv-python-headless ...
     python benchmarks/drop_in.py MODEL --tools TOOLS
 
-Each mask is compared with that of ``carsam.SamPredictor`` on the same model, prompt and photo, and with the annotated
-object. Tools append a point that is none to a box prompt, which the predictor does not, and X-AnyLabeling resizes and
-simplifies outlines in its own way: masks agree, but not to the pixel.
+Each mask is compared with that of ``carsam.SamPredictor`` on the same model and prompt, and with the annotated object.
+samexporter and X-AnyLabeling enlarge photos to 1024 pixels before a smaller model's files reduce them again, and
+X-AnyLabeling turns a mask into a simplified outline; so masks agree, but not to the pixel. X-AnyLabeling hands a SAM
+every photo on a canvas of 1024 × 684 pixels, in which a portrait is small; the predictor is given the same canvas.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ PHOTOS = {
     "square": ("calibration", "000000000309.jpg"),
     "landscape": ("evaluation", "000000002592.jpg"),
 }
+CANVAS = (684, 1024)
 TOOLS = ("samexporter", "x-anylabeling", "osam")
 
 
@@ -77,8 +79,27 @@ def ours(predictor: carsam.SamPredictor, prompt: dict, stretched: bool) -> np.nd
         arguments = {"point_coords": np.array([prompt["point"]]), "point_labels": np.array([1])}
     else:
         arguments = {"box": np.array(prompt["box"])}
+        if not stretched:
+            # The point that tools append.
+            arguments |= {"point_coords": np.zeros((1, 2)), "point_labels": np.array([-1])}
     masks, scores, _ = predictor.predict(**arguments, multimask_output="point" in prompt or stretched)
     return masks[int(np.argmax(scores))]
+
+
+def on_canvas(image: np.ndarray) -> tuple[np.ndarray, float]:
+    """A photo at the top left of X-AnyLabeling's canvas, and the factor that it was resized by."""
+    height, width = image.shape[:2]
+    factor = min(CANVAS[0] / height, CANVAS[1] / width)
+    size = round(width * factor), round(height * factor)
+    canvas = np.zeros((*CANVAS, 3), np.uint8)
+    canvas[: size[1], : size[0]] = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    return canvas, factor
+
+
+def from_canvas(mask: np.ndarray, factor: float, shape: tuple[int, int]) -> np.ndarray:
+    """A mask on the canvas as one of the photo."""
+    part = mask[: round(shape[0] * factor), : round(shape[1] * factor)]
+    return np.asarray(Image.fromarray(part).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
 
 
 def main() -> None:
@@ -100,10 +121,15 @@ def main() -> None:
             for photo, (subset, name) in PHOTOS.items():
                 image = IMAGES / subset / "images" / name
                 mask = largest_object(subset, name)
-                predictor.set_image(np.asarray(Image.open(image).convert("RGB")))
+                pixels, factor = np.asarray(Image.open(image).convert("RGB")), 1.0
+                if tool == "x-anylabeling" and not pyramid:
+                    pixels, factor = on_canvas(pixels)
+                predictor.set_image(pixels)
                 for kind, prompt in prompts_of(mask).items():
                     key = f"{tool}-{photo}-{kind}"
-                    expected[key], objects[key] = ours(predictor, prompt, pyramid), mask
+                    scaled = {name: [factor * value for value in values] for name, values in prompt.items()}
+                    expected[key] = from_canvas(ours(predictor, scaled, pyramid), factor, mask.shape)
+                    objects[key] = mask
                     tasks.append({"image": str(image), "prompt": prompt, "mask": str(folder / f"{key}.png")})
             job = folder / f"{tool}.json"
             job.write_text(

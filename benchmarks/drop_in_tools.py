@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image
 
 
@@ -43,10 +44,17 @@ def x_anylabeling(folder: Path, pyramid: bool):
     from PyQt6.QtWidgets import QApplication
 
     application = QApplication([])
+    import anylabeling.config
     from anylabeling.services.auto_labeling.segment_anything import SegmentAnything
     from anylabeling.services.auto_labeling.segment_anything_2 import SegmentAnything2
 
-    model = (SegmentAnything2 if pyramid else SegmentAnything)(str(next(folder.glob("*.yaml"))), print)
+    # The application's own settings, empty, and a custom model's description as its manager reads it.
+    settings = folder / "settings.txt"
+    settings.write_text("{}", encoding="utf-8")
+    anylabeling.config.current_config_file = str(settings)
+    described = next(folder.glob("*.yaml"))
+    config = {**yaml.safe_load(described.read_text(encoding="utf-8")), "config_file": str(described)}
+    model = (SegmentAnything2 if pyramid else SegmentAnything)(config, print)
     model.set_output_mode("polygon")
 
     def predict(image: str, prompt: dict) -> np.ndarray:
@@ -70,8 +78,8 @@ def osam(folder: Path, pyramid: bool):
     # Its files are known by their digest and lie under the user's home.
     os.environ["HOME"] = str(folder)
     import osam.types
-    from osam._models.sam import Sam
-    from osam._models.sam2 import Sam2
+    from osam._models.sam._models import Sam
+    from osam._models.sam2._models import Sam2
 
     blobs = {}
     for half in ("encoder", "decoder"):
