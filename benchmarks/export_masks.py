@@ -6,7 +6,6 @@ Both get the same pixels and boxes; masks are compared at the image's size. A co
 fall to either side, by the last bit of a sum, and one such code moves all that follows. What that alone does is shown
 beside: the simulated model against itself in float64, where sums are rounded otherwise.
 """
-"""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ import re
 
 from carsam.errors import ConfigError
 
-# The first whose kernels know every operator of an exported graph; bit operations of opset 18 came in 1.16.
-OLDEST_RUNTIME = (1, 18)
+# The oldest that exported graphs were run with; those before 1.19 do not work with NumPy 2.
+OLDEST_RUNTIME = (1, 20)
 INSTALL = 'install the optional packages with pip install "carsam[onnx]"'
 
 
