@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import evidence_inside
 import evidence_tables as tables
 from evidence_data import FOLDERS, ROOT, Places
 from evidence_rows import Row, once, read_plan, row_of
@@ -35,6 +36,7 @@ from carsam.errors import CarsamError, DataError
 from carsam.output.files import write_text
 
 RESULTS = ROOT / "docs" / "results"
+KINDS = {**tables.KINDS, **evidence_inside.KINDS}
 # Of a row, what the command line may say of all of them.
 FIELDS = ("subject", "scope", "data", "bits", "steps", "boxes", "images")
 
@@ -133,7 +135,7 @@ def table_text(arguments: argparse.Namespace) -> str:
     """The tables of a command line, in Markdown."""
     found = tables.read_results(arguments.results)
     where = {name: getattr(arguments, name) for name in FIELDS}
-    return tables.KINDS[arguments.kind](tables.choose(found, where, labels(arguments)), arguments.reference)
+    return KINDS[arguments.kind](tables.choose(found, where, labels(arguments)), arguments.reference)
 
 
 def fill(arguments: argparse.Namespace) -> int:
@@ -248,7 +250,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("table", table)
     add_selection(command)
-    command.add_argument("kind", nargs="?", choices=sorted(tables.KINDS), default="scores")
+    command.add_argument("kind", nargs="?", choices=sorted(KINDS), default="scores")
     command.add_argument("--rows", help="labels to show in this order, by ;, each perhaps as NAME=LABEL")
     command.add_argument("--reference", default="CAR-SAM", help="label of the row that the others are compared with")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evidence_rows import FLOAT, Row
+from evidence_rows import FLOAT, HELD_OUT, Row
 
 from carsam.errors import ConfigError, DataError
 from carsam.evaluate.intervals import Difference, averaged, difference_interval
@@ -50,6 +50,15 @@ class Group:
         """IoU (or DSC) of each prompt, the mean over seeds, image by image, in percent."""
         images = averaged([_scored(result.found["scores"]["per_image"], score) for result in self.results])
         return images
+
+    def of_seeds(self, other: Group) -> Group:
+        """The line without the seeds that another one lacks."""
+        seeds = {result.row.seed for result in other.results}
+        return Group(self.label, self.bits, tuple(result for result in self.results if result.row.seed in seeds))
+
+    def having(self, name: str) -> Group:
+        """The line without the seeds of which something was not measured."""
+        return Group(self.label, self.bits, tuple(result for result in self.results if name in result.found))
 
     @property
     def notes(self) -> str:
@@ -175,8 +184,11 @@ def scores_table(chosen: Chosen, reference: str) -> str:
             )
         return _without_empty(rows)
 
-    return _sections(
-        chosen, table, "Differences of mean IoU with their 95 % intervals over images; bold where 0 is outside."
+    return sections(
+        chosen,
+        table,
+        "Differences of mean IoU over the seeds that both rows have, with 95 % intervals over images; bold where 0 is "
+        "outside.",
     )
 
 
@@ -197,7 +209,7 @@ def modality_table(chosen: Chosen, reference: str, score: str = "mean_iou") -> s
             rows.append(["float" if group.bits == FLOAT else group.bits.upper(), label, *cells, total])
         return rows
 
-    return _sections(chosen, table, f"{_SCORES[score]} by modality, mean over seeds.")
+    return sections(chosen, table, f"{_SCORES[score]} by modality, mean over seeds.")
 
 
 _SCORES = {"mean_iou": "Mean IoU", "dsc": "DSC", "segm_ap": "Segm AP"}
@@ -207,8 +219,8 @@ def clicks_table(chosen: Chosen, reference: str) -> str:
     """Mean IoU with clicks, beside boxes."""
 
     def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
-        lines = tuple(group for group in lines if _has_points(group))
-        groups = [*([floating] if floating and lines and _has_points(floating) else []), *lines]
+        floating = floating.having("points") if floating else None
+        groups = [*([floating] if floating and floating.results else []), *lines]
         counts = sorted({int(n) for group in groups for n in group.results[0].found["points"]["mean_iou"]})
         rows = [
             ["bits", "row", "box", *(f"{n} click{'s' * (n > 1)}" for n in counts), *(f"{n}: to float" for n in counts)]
@@ -218,7 +230,7 @@ def clicks_table(chosen: Chosen, reference: str) -> str:
             means = [mean_and_spread([seed[str(n)] for seed in of_seeds]) for n in counts]
             differences = [
                 _shown(difference_interval(_clicked(group, at), _clicked(floating, at)))
-                if floating is not None and floating is not group and _has_points(floating)
+                if floating is not None and floating is not group and floating.results
                 else ""
                 for at in range(len(counts))
             ]
@@ -227,11 +239,7 @@ def clicks_table(chosen: Chosen, reference: str) -> str:
             rows.append(["float" if group.bits == FLOAT else group.bits.upper(), label, box, *means, *differences])
         return rows
 
-    return _sections(chosen, table, "Mean IoU with a box, and after simulated clicks without a box.")
-
-
-def _has_points(group: Group) -> bool:
-    return all("points" in result.found for result in group.results)
+    return sections(chosen, table, "Mean IoU with a box, and after simulated clicks without a box.", "points")
 
 
 def _clicked(group: Group, at: int) -> list[dict[str, Any]]:
@@ -245,123 +253,6 @@ def _clicked(group: Group, at: int) -> list[dict[str, Any]]:
         for found in (result.found for result in group.results)
     ]
     return averaged(of_seeds)
-
-
-def units_table(chosen: Chosen, reference: str) -> str:
-    """Relative squared errors of units before and after their reconstruction."""
-
-    def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
-        rows = [["bits", "row", "unit", "steps", "before", "after"]]
-        for group in lines:
-            of_seeds = [result.found["quantization"]["units"] for result in group.results]
-            for units in zip(*of_seeds):
-                ends = [_errors([unit[when] for unit in units]) for when in ("before", "after")]
-                rows.append([group.bits.upper(), group.label, units[0]["unit"], str(units[0]["steps"]), *ends])
-        return rows
-
-    return _sections(chosen, table, "Of each output of a unit, mean over seeds.")
-
-
-def _errors(of_seeds: list[list[float]]) -> str:
-    return ", ".join(f"{statistics.fmean(values):.3f}" for values in zip(*of_seeds))
-
-
-def time_table(chosen: Chosen, reference: str) -> str:
-    """Where the time of a row went."""
-
-    def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
-        names = list(
-            dict.fromkeys(name for group in lines for name in group.results[0].found["quantization"]["stages"])
-        )
-        rows = [["bits", "row", *names, "boxes", "all"]]
-        for group in lines:
-            stages = [
-                statistics.median(result.found["quantization"]["stages"].get(name, 0.0) for result in group.results)
-                for name in names
-            ]
-            ends = [
-                statistics.median(result.found["seconds"][name] for result in group.results)
-                for name in ("boxes", "all")
-            ]
-            rows.append([group.bits.upper(), group.label, *(f"{seconds:.1f} s" for seconds in (*stages, *ends))])
-        return rows
-
-    return _sections(chosen, table, "Median over seeds.")
-
-
-def dissipation_table(chosen: Chosen, reference: str) -> str:
-    """Entropy, KL and focus of every decoder attention, float against quantized."""
-
-    def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
-        rows = [
-            [
-                "attention",
-                "bits",
-                "row",
-                "entropy, float",
-                "change",
-                "KL",
-                "focus overlap",
-                "least of a head",
-                "dead rows",
-            ]
-        ]
-        diagnosed = [group for group in lines if _is_diagnosed(group)]
-        names = [each["name"] for each in diagnosed[0].results[0].found["diagnosis"]["attentions"]] if diagnosed else []
-        for at, name in enumerate(names):
-            for group in diagnosed:
-                found = [result.found["diagnosis"]["attentions"][at] for result in group.results]
-                means = {key: statistics.fmean(each[key] for each in found) for key in _MEASURES}
-                least = min(map(statistics.fmean, zip(*(each["heads"]["focus_overlap"] for each in found))))
-                rows.append(
-                    [
-                        short(name),
-                        group.bits.upper(),
-                        group.label,
-                        f"{means['entropy_float']:.2f}",
-                        f"{means['entropy_change']:+.2f}",
-                        f"{means['kl']:.3f}",
-                        f"{means['focus_overlap']:.2f}",
-                        f"{least:.2f}",
-                        f"{means['dead_rows']:.0%}",
-                    ]
-                )
-        return rows
-
-    return _sections(
-        chosen, table, "Nats; focus overlap is the IoU of the keys above half of a row's maximum. Mean over seeds."
-    )
-
-
-_MEASURES = ("entropy_float", "entropy_change", "kl", "focus_overlap", "dead_rows")
-
-
-def oscillation_table(chosen: Chosen, reference: str) -> str:
-    """Relative error along the decoder, in execution order, and its total variation in log scale."""
-
-    def table(floating: Group | None, lines: tuple[Group, ...]) -> list[list[str]]:
-        diagnosed = [group for group in lines if _is_diagnosed(group)]
-        stages = diagnosed[0].results[0].found["diagnosis"]["oscillation"]["stages"] if diagnosed else []
-        rows = [["bits", "row", *map(short, stages), "total variation"]]
-        for group in diagnosed:
-            courses = [result.found["diagnosis"]["oscillation"] for result in group.results]
-            errors = [statistics.fmean(values) for values in zip(*(course["errors"] for course in courses))]
-            variation = mean_and_spread([course["total_variation"] for course in courses])
-            rows.append([group.bits.upper(), group.label, *(f"{error:.3f}" for error in errors), variation])
-        return rows
-
-    return _sections(
-        chosen, table, "Relative squared error of each stage's output in the finished model, mean over seeds."
-    )
-
-
-def _is_diagnosed(group: Group) -> bool:
-    return all("diagnosis" in result.found for result in group.results)
-
-
-def short(name: str) -> str:
-    """The last words of a module's path, with its block."""
-    return ".".join(name.split(".")[-3:])
 
 
 def facts(results: Sequence[Result], floating: Group | None) -> str:
@@ -389,8 +280,13 @@ def _reference(lines: Sequence[Group], group: Group, label: str) -> Group | None
 
 
 def _difference(group: Group, other: Group | None) -> str:
+    """Over the seeds that both have: other seeds have other calibration images, which moves scores by themselves."""
     if other is None or other is group:
         return ""
+    if other.bits != FLOAT:
+        group, other = group.of_seeds(other), other.of_seeds(group)
+        if not group.results:
+            return ""
     return _shown(difference_interval(group.per_image(), other.per_image()))
 
 
@@ -400,11 +296,18 @@ def _shown(difference: Difference | None) -> str:
     return f"**{difference}**" if difference.is_clear else str(difference)
 
 
-def _sections(chosen: Chosen, table: Callable[[Group | None, tuple[Group, ...]], list[list[str]]], note: str) -> str:
+def sections(
+    chosen: Chosen,
+    table: Callable[[Group | None, tuple[Group, ...]], list[list[str]]],
+    note: str,
+    needs: str = "scores",
+) -> str:
+    """A table of each section, of the rows that have what it shows; one seed of a row may have it alone."""
     parts = []
     for _, (floating, lines) in sorted(chosen.sections.items()):
-        rows = table(floating, lines)
-        if lines and len(rows) > 1:
+        lines = tuple(group for group in (line.having(needs) for line in lines) if group.results)
+        rows = table(floating, lines) if lines else []
+        if len(rows) > 1:
             parts += [markdown(rows), facts([each for group in lines for each in group.results], floating)]
     if not parts:
         raise DataError("none of these rows has what this table shows; run them with --clicks or --diagnose.")
@@ -423,14 +326,35 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
+def summary_table(chosen: Chosen, reference: str) -> str:
+    """Scores on every evaluation set side by side, a line a row: the rows that all of them have."""
+    shown = sorted(chosen.sections.items(), reverse=True)
+    places = [(place, *found) for place, found in shown if not place[2].endswith(HELD_OUT)]
+    if not places:
+        raise DataError("no row of an evaluation set fits.")
+    columns = [{group.label: group for group in lines} for _, _, lines in places]
+    labels = [label for label in columns[0] if all(label in column for column in columns)]
+    rows = [["row", *(f"{place[2]}: {name}" for place, _, _ in places for name in ("segm AP", "mean IoU", "to float"))]]
+    original = ("float", [floating for _, floating, _ in places])
+    for name, groups in [original, *((label, [column[label] for column in columns]) for label in labels)]:
+        row = [name]
+        for group, (_, floating, _) in zip(groups, places):
+            scores = [mean_and_spread(group.values(score)) for score in ("segm_ap", "mean_iou")] if group else ["", ""]
+            row += [*scores, _difference(group, floating) if group else ""]
+        rows.append(row)
+    results = [result for column in columns for label in labels for result in column[label].results]
+    if not labels or len({result.row.bits for result in results}) != 1:
+        raise DataError("a summary is of rows that every data set has at the same bits; give --bits and --rows.")
+    seeds = sorted({len(column[label].results) for column in columns for label in labels})
+    note = "Differences of mean IoU with 95 % intervals over images; bold where 0 is outside."
+    return f"{markdown(rows)}\n\nMean of {' or '.join(map(str, seeds))} seeds. {note}"
+
+
 KINDS: dict[str, Callable[[Chosen, str], str]] = {
     "scores": scores_table,
     "modalities": modality_table,
     "modalities-ap": lambda chosen, reference: modality_table(chosen, reference, "segm_ap"),
     "modalities-dsc": lambda chosen, reference: modality_table(chosen, reference, "dsc"),
     "clicks": clicks_table,
-    "units": units_table,
-    "time": time_table,
-    "dissipation": dissipation_table,
-    "oscillation": oscillation_table,
+    "summary": summary_table,
 }

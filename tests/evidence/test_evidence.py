@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import evidence
+import evidence_inside
 import evidence_tables
 import evidence_workers
 import pytest
@@ -185,8 +186,8 @@ def test_tables_average_seeds_and_compare_with_the_reference(tmp_path):
     )
     lines = table.splitlines()
     assert lines[2].startswith("| float | | | 10.0 | 76.7 | 86.7 |")
-    # One seed, 21 points below the mean of the other's two on every prompt, so without an interval to speak of.
-    assert lines[3].endswith("| **-40.0 (-40.0 to -40.0)** | **-21.0 (-21.0 to -21.0)** |")
+    # The one seed that both have: 20 points on every prompt, so without an interval to speak of.
+    assert lines[3].endswith("| **-40.0 (-40.0 to -40.0)** | **-20.0 (-20.0 to -20.0)** |")
     assert lines[3].startswith("| W4A4 | nearest | 1 |")
     assert lines[4].startswith("| W4A4 | both | 2 | 10.5 ± 0.5 | 57.7 ± 1.0 |")
     assert "seeds 0, 1" in table and "Commit abc" in table
@@ -194,6 +195,39 @@ def test_tables_average_seeds_and_compare_with_the_reference(tmp_path):
     assert "| W4A4 | RTN | 36.7 | 36.7 |" in by_modality
     with pytest.raises(DataError, match="--clicks or --diagnose"):
         evidence_tables.clicks_table(evidence_tables.choose(found, {}), "CAR-SAM")
+
+
+def test_a_summary_puts_data_sets_side_by_side(tmp_path):
+    found = results(
+        tmp_path,
+        made_up("float", [[80.0, 80.0], [70.0]], bits="float"),
+        made_up("float", [[50.0]], bits="float", data="coco"),
+        made_up("CAR-SAM", [[60.0, 60.0], [50.0]]),
+        made_up("CAR-SAM", [[30.0]], data="coco"),
+        made_up("RTN", [[40.0, 40.0], [30.0]]),
+    )
+    lines = evidence_tables.summary_table(evidence_tables.choose(found, {"bits": "w4a4"}), "").splitlines()
+    assert lines[2] == "| float | 10.0 | 76.7 | | 10.0 | 50.0 | |"
+    row = "| CAR-SAM | 10.0 | 56.7 | **-20.0 (-20.0 to -20.0)** | 10.0 | 30.0 | **-20.0 (-20.0 to -20.0)** |"
+    assert lines[3] == row
+    assert lines[4] == "", "RTN was not run on both"
+
+
+def test_seeds_that_were_not_diagnosed_are_left_out_of_that_table(tmp_path):
+    course = {"stages": ["a.b.c", "a.b.d"], "errors": [0.5, 0.25], "total_variation": 0.7}
+    one = {**made_up("A", [[60.0], [50.0]]), "diagnosis": {"oscillation": course}}
+    found = results(tmp_path, one, made_up("A", [[62.0], [52.0]], seed=1), made_up("B", [[62.0], [52.0]]))
+    text = evidence_inside.oscillation_table(evidence_tables.choose(found, {}), "")
+    assert text.splitlines()[2:4] == ["| W4A4 | A | 0.500 | 0.250 | 0.7 |", ""]
+    assert "seeds 0. Commit" in text
+
+
+def test_what_mac_changed_is_shown_before_and_after(tmp_path):
+    change = {"attention": "a.b.c", "scores": [0.04, 0.03], "output": [0.2, 0.1], "change": {"query": 0.5, "key": 0.25}}
+    one = made_up("A", [[60.0], [50.0]])
+    one["quantization"] = {"compensations": [change]}
+    text = evidence_inside.compensation_table(evidence_tables.choose(results(tmp_path, one), {}), "")
+    assert "| a.b.c | W4A4 | A | 0.040 → 0.030 | 0.200 → 0.100 | query 0.50, key 0.25 |" in text
 
 
 def test_a_document_is_filled_below_its_commands(tmp_path):
@@ -206,9 +240,10 @@ def test_a_document_is_filled_below_its_commands(tmp_path):
     assert evidence.filled(text, tmp_path) == text
 
 
-def test_the_tables_of_the_results_are_those_of_the_rows():
-    text = (ROOT / "docs" / "RESULTS.md").read_text()
-    assert evidence.filled(text, evidence.RESULTS) == text, "run python benchmarks/evidence.py fill docs/RESULTS.md"
+@pytest.mark.parametrize("name", ["docs/RESULTS.md", "README.md"])
+def test_the_tables_of_documents_are_those_of_the_rows(name):
+    text = (ROOT / name).read_text()
+    assert evidence.filled(text, evidence.RESULTS) == text, f"run python benchmarks/evidence.py fill {name}"
 
 
 def test_two_settings_under_one_label_are_refused(tmp_path):
