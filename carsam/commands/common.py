@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from rich.console import Console
 
-from carsam.errors import CarsamError
+from carsam.errors import CarsamError, ConfigError
 from carsam.output.files import clear_spills, write_json
 from carsam.output.signals import interrupts, message
 
@@ -143,6 +143,16 @@ def show_warnings() -> None:
     logger = logging.getLogger("carsam")
     if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
         logger.addHandler(_Warnings(logging.WARNING))
+
+
+def in_torch_only(runtime: str) -> None:
+    """Refuses another runtime for videos, whose memory has no halves.
+
+    Raises:
+        ConfigError: It is not torch.
+    """
+    if runtime != "torch":
+        raise ConfigError(f"--video runs in torch; leave out --runtime {runtime}.")
 
 
 def open_model(

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from carsam.commands.common import Device, ImageSize, Normalise, Runtime, duration, err, merge_results, open_model
+from carsam.commands.common import (
+    Device,
+    ImageSize,
+    Normalise,
+    Runtime,
+    duration,
+    err,
+    in_torch_only,
+    merge_results,
+    open_model,
+)
 from carsam.commands.output import Json, Output, Quiet, renamed
 from carsam.commands.progress import Reporter
 from carsam.commands.videos import VideoOptions, evaluate_video
@@ -116,6 +126,7 @@ def evaluate(
 
     detections = renamed("--detections", detections, quiet=quiet, boxes=boxes)
     if video is not None:
+        in_torch_only(runtime)
         given = {"--coco": coco, "--images": images, "--detections": detections, "--points": points or None}
         if others := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"--video measures on videos; leave out {' and '.join(others)}.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carsam.commands.common import Device, ImageSize, Normalise, Runtime, open_model
+from carsam.commands.common import Device, ImageSize, Normalise, Runtime, in_torch_only, open_model
 from carsam.commands.output import STDOUT, Json, Output, Quiet
 from carsam.commands.progress import Reporter
 from carsam.commands.videos import FollowOptions, predict_video
@@ -163,6 +163,7 @@ def predict(
     settings = {name: value for name, value in settings.items() if value is not None}
     flags = from_flags(box or [], point or [])
     if video is not None:
+        in_torch_only(runtime)
         given = {"images": inputs, "--prompts": prompts, "--everything": everything, "--multimask": multimask}
         if others := [name for name, value in given.items() if value]:
             raise ConfigError(
