@@ -201,9 +201,9 @@ def test_a_summary_puts_data_sets_side_by_side(tmp_path):
     found = results(
         tmp_path,
         made_up("float", [[80.0, 80.0], [70.0]], bits="float"),
-        made_up("float", [[50.0]], bits="float", data="coco"),
+        made_up("float", [[50.0], [50.0]], bits="float", data="coco"),
         made_up("CAR-SAM", [[60.0, 60.0], [50.0]]),
-        made_up("CAR-SAM", [[30.0]], data="coco"),
+        made_up("CAR-SAM", [[30.0], [30.0]], data="coco"),
         made_up("RTN", [[40.0, 40.0], [30.0]]),
     )
     lines = evidence_tables.summary_table(evidence_tables.choose(found, {"bits": "w4a4"}), "").splitlines()
