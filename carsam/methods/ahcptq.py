@@ -20,7 +20,8 @@ class AhcPtq(Ptq4SamParts, QDrop):
 
     As the public code, with two repairs that are always on: AGQ has the values that its bits hold (``extra_code`` gives
     the public code's), and large values of a hybrid site stay large (there they fall into the log zone where they
-    exceed its number of codes). ``progressive: false`` with ``group_by: ranges`` is a repair that is an option.
+    exceed its number of codes). ``merged_by: error`` is an optional repair, ``progressive: false`` with ``group_by:
+    ranges`` another.
 
     Attributes:
         hybrid: HLUQ on the inputs of MLPs' second layers.
@@ -28,8 +29,8 @@ class AhcPtq(Ptq4SamParts, QDrop):
         progressive: Channels are grouped while their steps are learned; otherwise once, before.
         group_by: What groups of channels have in common: ``grids`` or ``ranges``
             (:func:`carsam.quantizers.grouped.group_grids`).
-        merged_by: The step of a merged group: the ``mean`` of its members', as in the public code, whose thousands of
-            steps mend what a mean clips, or that of least ``error``, which short schedules need.
+        merged_by: The step of a merged group: the ``mean`` of its members', or that of least ``error`` on the members'
+            values: a mean clips the wide ones, which short schedules cannot mend (docs/RESULTS.md, 15).
     """
 
     name: ClassVar[str] = "ahcptq"
@@ -39,7 +40,7 @@ class AhcPtq(Ptq4SamParts, QDrop):
     groups: int = 4
     progressive: bool = True
     group_by: str = "grids"
-    merged_by: str = "error"
+    merged_by: str = "mean"
 
     def __post_init__(self):
         super().__post_init__()

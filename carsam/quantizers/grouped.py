@@ -65,7 +65,7 @@ class GroupedQuantizer(SiteQuantizer):
         channels: int = 0,
         progressive: bool = False,
         by: str = "ranges",
-        merged_by: str = "error",
+        merged_by: str = "mean",
     ):
         super().__init__(bits, always=always)
         assert by in GROUP_BY and merged_by in MERGED_BY, (by, merged_by)

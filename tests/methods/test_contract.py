@@ -158,6 +158,11 @@ def test_interrupted_and_resumed_it_gives_what_it_would_have_given(name, nano, s
         (
             "ahcptq",
             {"hybrid": False, "softmax": "uniform", "bimodal_rule": "published"},
+            "projections per group of input channels",
+        ),
+        (
+            "ahcptq",
+            {"hybrid": False, "softmax": "uniform", "bimodal_rule": "published", "merged_by": "error"},
             "projections per group of input channels, merged by least error",
         ),
         ("ahcptq", {"hybrid": False, "groups": 1, "bimodal_integration": False}, "P in log2 codes"),
