@@ -84,7 +84,7 @@ class Sam2Video(Sam2):
         if frames is None:
             frames = moving_still(image.pixel_values, 0, model.config.num_maskmem + 1)
         else:
-            frames = frames[: image.age + 1]  # what comes later calibrates nothing
+            frames = frames[: min(image.age, model.config.num_maskmem) + 1]  # what comes later calibrates nothing
         follow(model, frames, image.boxes, getattr(image, "masks", None), objects)
 
     def forward(self, model: nn.Module, image: CalibrationImage) -> None:
