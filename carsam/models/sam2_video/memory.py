@@ -34,6 +34,8 @@ ATTENTION, ENCODER = "memory_attention", "memory_encoder"
 MEMORY = "memory"
 # The projections of an attention, by the names in transformers' module.
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+# Frames and objects of a clip that calibrate the memory encoder.
+_ENCODED = 8
 _READ = ("queries", "keys", "key_point_embedding", "pointers")
 
 
@@ -133,6 +135,8 @@ def units(paths: tuple[str, ...], part: str) -> list[Unit]:
 
 def _enter_encoder(follow: Follow, model: nn.Module, _before: Tensors, image: CalibrationImage) -> Tensors:
     calls = calls_of([model.get_submodule(ENCODER)], lambda: follow(model, image))[0]
+    # The first ones are of the frame that shows the objects, whose masks have hard borders.
+    calls = calls[:: max(1, len(calls) // _ENCODED)][:_ENCODED]
     return {name: torch.cat([args[index] for args, _ in calls]) for index, name in enumerate(("features", "masks"))}
 
 
