@@ -7,7 +7,7 @@ Every decoder attention alone, on the float model's inputs: relative squared err
 with 4-bit codes of V, of P, of both, or of all four operands; values as they are, centred at their mean over the
 calibration set, and at their median. Weights and the layers' inputs stay in floating point, so that nothing but the
 MatMuls errs. P is on the uniform grid, its step by its own error ("own") or by the error of PV; then on row-maximum
-codes.
+codes. Ranges are those of least squared error, but for V where its whole range is named.
 
 "one value" is the share of the tokens whose value lies within a tenth of a standard deviation of the channel's most
 frequent value, the mean over channels: much of it means that most tokens have the same value, as on black background.
@@ -35,6 +35,7 @@ from carsam.transform.statistics import run_hooked
 STRIDE, BINS = 17, 100
 CASES = (
     ("V", ("value",), "product"),
+    ("V, whole range", ("value",), "product"),
     ("P, own step", ("probs",), "own"),
     ("P", ("probs",), "product"),
     ("V and P, own step", ("value", "probs"), "own"),
@@ -42,6 +43,7 @@ CASES = (
     ("all, own step", ("query", "key", "value", "probs"), "own"),
     ("all", ("query", "key", "value", "probs"), "product"),
     ("all, row-maximum P", ("query", "key", "value", "probs"), "row-max"),
+    ("all, row-maximum P, whole range of V", ("query", "key", "value", "probs"), "row-max"),
 )
 
 
@@ -85,7 +87,8 @@ def table(model: nn.Module, sites: Sites, data: CalibrationSet, bits: Bits, imag
         for title, operands, grid in CASES:
             plan = BitPlan(Bits(16, 16), tuple((site.operand(which), bits) for which in operands))
             trial = Trial(model, site, sites, plan, calls[site.name], softmax, "mse")
-            errors = [f"{trial.error(form, grid) / trial.energy:.4f}" for form in forms]
+            ranges = {"value": "min-max"} if "whole range" in title else {}
+            errors = [f"{trial.error(form, grid, ranges) / trial.energy:.4f}" for form in forms]
             options.row(sites.family.names.short(site.name) if first else "", first, title, *errors)
             first = ""
 

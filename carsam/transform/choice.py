@@ -316,7 +316,13 @@ def choose_foldings(
     statistics = operand_statistics(model, sites, data, sites.attentions, images)
     calls = captured_calls(model, sites, data, images)
     for site in sites.attentions:
-        trial = Trial(model, site, sites, plan, calls.pop(site.name), softmax, observer)
+        seen = calls.pop(site.name)
+        if not seen.fit:  # a pass over an image does not reach it: the memory of a video
+            choices.reports.append(
+                {"transform": "foldings", "attention": site.name, "kept": "none: no image reaches it"}
+            )
+            continue
+        trial = Trial(model, site, sites, plan, seen, softmax, observer)
         if not trial.quantizes:
             continue
         search = Search(trial, model.get_submodule(site.name), grids, observers)

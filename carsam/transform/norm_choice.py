@@ -77,6 +77,8 @@ def choose_norms(
     rows = _capture(model, sites, data, [layer for _, layer in pairs], images)
     reports: list[dict[str, Any]] = []
     for norm, layer in pairs:
+        if not rows[layer].fit:  # the memory of a video: a pass over an image does not reach it
+            continue
         reader = model.get_submodule(layer)
         found, weight = statistics[layer], reader.weight.detach()
         fit = torch.cat(rows[layer].fit)

@@ -85,6 +85,8 @@ def choose_ranges(
     chosen: dict[str, str] = {}
     reports = []
     for name, site in layers.items():
+        if not seen[name].record.seen:  # the memory of a video: a pass over an image does not reach it
+            continue
         layer, rows = model.get_submodule(name), torch.cat(seen[name].rows, dim=1)
         weight = layer.weight.detach().flatten(1).unflatten(0, (len(rows), -1)).transpose(1, 2)
         bits, errors = plan.activation_bits(site), {}
