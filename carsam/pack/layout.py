@@ -82,6 +82,13 @@ def _check_grid(name: str, spec: Any, grids: Mapping[str, type[Grid]]) -> None:
         )
     _check_bits(name, spec.get("bits"))
     allowed = grids[grid].arguments
+    missing = [key for key in allowed if key not in spec] if spec["bits"] < 16 else []
+    if missing:
+        # Log2 codes once had no zero, and said nothing of it: read as today's, their last code would be another value.
+        raise CheckpointError(
+            f"config.json does not say {', '.join(missing)} of the grid {grid} at {str(name)[:120]}: the folder was "
+            "packed by an earlier carsam, whose grid of this name was another one. Quantize the model again."
+        )
     for key, value in spec.items():
         if key in ("grid", "bits"):
             continue

@@ -140,6 +140,7 @@ CONFIGS = [
     ((*QKV, "input", "groups"), 10**9),
     ((*QKV, "input"), {"grid": "grouped", "bits": 4, "groups": 10**9, "channels": 192}),
     ((*SELF, "probs"), DELETE),
+    ((*SELF, "probs"), {"grid": "log2", "bits": 4}),
     ((*SELF, "values"), {"grid": "uniform", "bits": 4}),
 ]
 
