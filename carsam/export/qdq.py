@@ -32,21 +32,30 @@ def as_qdq(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = made.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     _unpacked(graph, constants)
+    nodes = _plain(graph, constants)
+    read = _read(nodes) | {each.name for each in graph.output}
+    del graph.initializer[:]
+    graph.initializer.extend(tensor for name, tensor in constants.items() if name in read)
+    kept = [entry for entry in made.opset_import if not entry.domain]
+    del made.opset_import[:]
+    made.opset_import.extend(kept)
+    return made
+
+
+def _plain(graph: onnx.GraphProto, constants: dict[str, TensorProto]) -> list[onnx.NodeProto]:
+    """Rewrites a graph's nodes in place, and those of the graphs inside them."""
     nodes = _clipped_first(graph, constants)
     plain: list[onnx.NodeProto] = []
     for node in nodes:
         plain += _product(node, constants) if node.op_type == PRODUCT else [node]
     _as_scalars(plain, constants)
+    for node in plain:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _plain(attribute.g, constants)
     del graph.node[:]
     graph.node.extend(plain)
-    read = _read(plain) | {each.name for each in graph.output}
-    del graph.initializer[:]
-    graph.initializer.extend(tensor for name, tensor in constants.items() if name in read)
-    domains = {node.domain for node in plain}
-    kept = [entry for entry in made.opset_import if entry.domain in domains or not entry.domain]
-    del made.opset_import[:]
-    made.opset_import.extend(kept)
-    return made
+    return list(graph.node)
 
 
 def _read(nodes: Iterable[onnx.NodeProto]) -> set[str]:
