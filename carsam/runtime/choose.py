@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from carsam.device import resolve_device
 from carsam.errors import ConfigError, DeviceError
-from carsam.models.forward import run_in
+from carsam.models.forward import run_in, runs_in
 
 RUNTIMES = ("torch", "onnx", "cuda")
 
@@ -40,7 +40,7 @@ def use_runtime(model: PreTrainedModel, runtime: str) -> PreTrainedModel:
 
     Args:
         model: On :func:`device_for` the runtime.
-        runtime: ``torch`` leaves it as it is. ``onnx`` runs both halves on ONNX Runtime, quantized layers in integers.
+        runtime: ``torch`` is where it computes without this call. ``onnx`` runs both halves on ONNX Runtime, quantized layers in integers.
             ``cuda`` multiplies integers on an NVIDIA GPU, the image encoder in bfloat16 between them.
 
     Returns:
@@ -49,6 +49,10 @@ def use_runtime(model: PreTrainedModel, runtime: str) -> PreTrainedModel:
     Raises:
         CarsamError: The runtime is unknown or not installed, or cannot run the model.
     """
+    if runtime == "torch":
+        if runs_in(model) is not None:
+            run_in(model, None)
+        return model
     device_for(runtime, model.device)
     if runtime == "onnx":
         from carsam.runtime.onnx import onnx_halves

@@ -112,6 +112,8 @@ def test_a_packed_folder_predicts_in_integers(packed_folder, small_set, cache_fo
     again = carsam.SamPredictor(packed_folder, runtime="onnx").model
     assert (files / DECODER).stat().st_mtime_ns == written
     assert runs_in(copy.deepcopy(again)) is runs_in(again)
+    assert runs_in(carsam.SamPredictor(again).model) is runs_in(again)
+    assert runs_in(carsam.SamPredictor(again, runtime="torch").model) is None
 
 
 def test_the_encoder_runs_once_and_the_decoder_for_every_click(packed_folder):
