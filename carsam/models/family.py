@@ -168,6 +168,14 @@ class Family(ABC):
         """
         return None
 
+    def adapt(self, model: nn.Module) -> None:
+        """Called once a model's layers are quantized or packed: replaces modules that look into their layers' weights.
+
+        A packed layer's ``weight`` holds bytes. Where a module of transformers casts what it gives a layer to the kind
+        of numbers of that layer's weight, it would cast to bytes.
+        """
+        return
+
     def valid_queries(self, stage: nn.Module, inputs: Tensors) -> Tensor | None:
         """Which queries of a stage's attention are of the image and not padding, (windows, queries); None for all.
 

@@ -54,3 +54,4 @@ def prepare_model(
         operands = [quantizer(site.operand(which), which) for which in ("query", "key", "value")]
         probs = softmax(site.operand("probs"))
         attach_attention(model, site, sites, MatMulQuantizers(*operands, probs))
+    sites.family.adapt(model)

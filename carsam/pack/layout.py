@@ -141,6 +141,7 @@ def build_packed(model: PreTrainedModel, layout: dict[str, Any]) -> None:
         operands = [_build(specs[which], of_activations) for which in OPERANDS[:3]]
         probs = _build(specs["probs"], of_softmax)
         attach_attention(model, attentions[name], sites, MatMulQuantizers(*operands, probs))
+    sites.family.adapt(model)
 
 
 def pack(model: PreTrainedModel, sites: Sites) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from transformers.models.sam2.modeling_sam2 import Sam2VisionNeck
 
 from carsam.calibrate.capture import capture_call
 from carsam.models.family import ENCODED, Stage, Tensors
-from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION, AttentionSite, LayerSite, Projection
+from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION, AttentionSite, LayerSite, Projection, replace_module
 from carsam.reconstruct.units import Unit
 
 if TYPE_CHECKING:
@@ -170,6 +170,37 @@ def _capture_neck(model: nn.Module, run_stage: Callable[[], object]) -> Tensors:
     args, kwargs = capture_call(model.get_submodule(NECK), run_stage)
     levels = args[0] if args else kwargs[ENCODED]
     return {LEVEL.format(index): level for index, level in enumerate(levels)}
+
+
+class QuantizedNeck(Sam2VisionNeck):
+    """The neck, without its casts to the kind of numbers of a convolution's weight, which are bytes once packed.
+
+    It takes over the modules of a ``Sam2VisionNeck``, so names in a state dict stay what they were.
+    """
+
+    def __init__(self, source: Sam2VisionNeck):
+        nn.Module.__init__(self)
+        for name in ("config", "convs", "position_encoding", "fpn_top_down_levels"):
+            setattr(self, name, getattr(source, name))
+
+    def forward(self, hidden_states: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Levels (B, h, w, C), the finest first, to maps (B, C, h, w) and their positions, the coarsest first."""
+        maps: list[Tensor] = []
+        coarsest = len(self.convs) - 1
+        for level in range(coarsest, -1, -1):
+            found = self.convs[coarsest - level](hidden_states[level].permute(0, 3, 1, 2))
+            if level in self.fpn_top_down_levels and level != coarsest:
+                found = found + F.interpolate(maps[-1], scale_factor=2.0, mode="nearest")
+            maps.append(found)
+        positions = tuple(self.position_encoding(each.shape, each.device, each.dtype).to(each.dtype) for each in maps)
+        return tuple(maps), positions
+
+
+def adapt_neck(model: nn.Module) -> None:
+    """Puts :class:`QuantizedNeck` in the neck's place."""
+    neck = model.get_submodule(NECK)
+    if not isinstance(neck, QuantizedNeck):
+        replace_module(model, NECK, QuantizedNeck(neck))
 
 
 def narrow(model: nn.Module, maps: tuple[Tensor, ...]) -> list[Tensor]:

@@ -84,6 +84,9 @@ class Sam2(Sam):
         # All of its attentions call the registered function.
         return Family.with_matmul(self, attention, matmul)
 
+    def adapt(self, model: nn.Module) -> None:
+        encoder.adapt_neck(model)
+
     def valid_queries(self, stage: nn.Module, inputs: Tensors) -> Tensor | None:
         hidden = inputs.get(ENCODED)
         return None if hidden is None else encoder.valid_queries(stage, *hidden.shape[1:3])
