@@ -127,13 +127,12 @@ def unpack(arguments: argparse.Namespace) -> int:
 
 def table(arguments: argparse.Namespace) -> int:
     """Prints tables of what is there."""
-    print(table_text(arguments))
+    print(table_text(arguments, tables.read_results(arguments.results)))
     return 0
 
 
-def table_text(arguments: argparse.Namespace) -> str:
+def table_text(arguments: argparse.Namespace, found: Sequence[tables.Result]) -> str:
     """The tables of a command line, in Markdown."""
-    found = tables.read_results(arguments.results)
     where = {name: getattr(arguments, name) for name in FIELDS}
     return KINDS[arguments.kind](tables.choose(found, where, labels(arguments)), arguments.reference)
 
@@ -151,12 +150,13 @@ def filled(text: str, results: Path) -> str:
     Raises:
         DataError: There is no table for a command in it.
     """
+    found = tables.read_results(results)
 
     def block(match: re.Match[str]) -> str:
         words = shlex.split(match[1])
-        arguments = parser().parse_args([*words, "--results", str(results)])
+        arguments = parser().parse_args(words)
         command = f"    python benchmarks/evidence.py {match[1]}"
-        return f"<!-- evidence {match[1]} -->\n{command}\n\n{table_text(arguments)}\n<!-- end -->"
+        return f"<!-- evidence {match[1]} -->\n{command}\n\n{table_text(arguments, found)}\n<!-- end -->"
 
     return re.sub(r"<!-- evidence (table [^\n]*) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
