@@ -113,6 +113,7 @@ def measure(
     plan: Plan,
     say: Say,
     score: Score | None = None,
+    found: list[Row] | None = None,
 ) -> list[Row]:
     """Measures subjects; the first is the baseline.
 
@@ -124,12 +125,13 @@ def measure(
         plan: How.
         say: Told a line when something is known.
         score: Scores a model whose halves run in a subject's process; None where weights are random.
+        found: Where rows go as they come, so that an interruption leaves those that were measured.
 
     Raises:
         SubjectError: The baseline itself cannot be measured.
     """
     inputs = {"pixel_values": pixels}
-    found: list[Row] = []
+    found = [] if found is None else found
     with ExitStack() as whole:
         baseline = _opened(rows[0], work, inputs, prompts, whole)
         found.append(baseline.row)

@@ -100,12 +100,17 @@ def benchmark(
         work = Work(model, floating, ours, folder, pixels, threads, image_size)
         score = None if coco is None else _score(coco, images, limit)
         say = (lambda _: None) if quiet else output.line
-        found = measure(work, rows, pixels[0], _prompt(floating), Plan(rounds, at_once), say, score)
-    output.print(_table(model, found))
-    for line in _warnings(found):
-        output.line(line)
-    about = {"model": model, "processor": processor(), "threads": threads, "rounds": rounds, "load": busy()}
-    output.save({**about, "rows": [row.to_dict() for row in found]})
+        found: list[Row] = []
+        try:
+            measure(work, rows, pixels[0], _prompt(floating), Plan(rounds, at_once), say, score, found)
+        finally:
+            # Also what an interrupted benchmark has measured: its rows are whole.
+            if found:
+                output.print(_table(model, found))
+                for line in _warnings(found):
+                    output.line(line)
+                about = {"model": model, "processor": processor(), "threads": threads, "load": busy()}
+                output.save({**about, "rows": [row.to_dict() for row in found]})
 
 
 def _pixels(model: PreTrainedModel, images: Path | None) -> list[np.ndarray]:

@@ -40,8 +40,9 @@ def use_runtime(model: PreTrainedModel, runtime: str) -> PreTrainedModel:
 
     Args:
         model: On :func:`device_for` the runtime.
-        runtime: ``torch`` is where it computes without this call. ``onnx`` runs both halves on ONNX Runtime, quantized layers in integers.
-            ``cuda`` multiplies integers on an NVIDIA GPU, the image encoder in bfloat16 between them.
+        runtime: ``torch`` is where it computes without this call. ``onnx`` runs both halves on ONNX Runtime, quantized
+            layers in integers. ``cuda`` multiplies integers on an NVIDIA GPU, the image encoder in bfloat16 between
+            them.
 
     Returns:
         The model.
