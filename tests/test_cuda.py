@@ -53,3 +53,17 @@ def test_a_packed_folder_computes_the_same_on_both(packed_folder, small_set):
         with torch.no_grad():
             outputs.append(model(**inputs).pred_masks.cpu())
     assert ((outputs[0] > 0) == (outputs[1] > 0)).float().mean() > 0.98
+
+
+def test_car_sam_plus_chooses_and_refits_on_the_gpu(nano, small_set):
+    """Foldings, ranges and the refit compute where the model is; masks agree with the CPU's."""
+    settings = {"learn": False, "weight_observer": "min-max", "equivalences": {"rotation": True}}
+    config = carsam.QuantizeConfig("car-sam-plus", settings)
+    image, masks = small_set.images[0], []
+    for device in ("cpu", "cuda"):
+        model = carsam.quantize(nano, small_set, config, device=device).model
+        inputs = {"pixel_values": image.pixel_values.to(device), "input_boxes": image.boxes[None].to(device)}
+        with torch.no_grad():
+            masks.append(model(**inputs).pred_masks.cpu() > 0)
+    # A choice near a tie may fall differently, and then whole attentions have another grid.
+    assert (masks[0] == masks[1]).float().mean() > 0.9

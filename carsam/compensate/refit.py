@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -82,7 +81,7 @@ class Passes:
     """The passes of a unit over calibration items, each through quantized-so-far and float inputs.
 
     Attributes:
-        quantized, floating: Run the unit up to where a capture stops them, one callable an item.
+        quantized, floating: Run the unit, one callable an item.
     """
 
     quantized: list[Callable[[], object]]
@@ -119,17 +118,28 @@ def set_matrix(layer: QuantizedLayer, values: Tensor) -> None:
     layer.forget_rounding()
 
 
-@contextmanager
-def originals(kept: dict[QuantizedLayer, Tensor]) -> Iterator[None]:
-    """Gives layers the weights that they had, within the block: the unit computes as the float model does."""
-    changed = {layer: matrix(layer) for layer in kept}
-    for layer, values in kept.items():
-        set_matrix(layer, values)
+def _rows(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Some rows of :func:`columns`, the same for inputs of one shape; with a column of ones where there is a bias."""
+    found = columns(layer, x)
+    found = found[:, :: odd_step_within(found.shape[1], ROWS)]
+    return F.pad(found, (0, 1), value=1.0) if layer.bias is not None else found.clone()
+
+
+def _float_rows(layers: dict[str, QuantizedLayer], runs: list[Callable[[], object]]) -> dict[str, list[Tensor]]:
+    """Rows of the layers' inputs in the float model, item by item; no weight may have changed yet."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in layers}
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: rows[name].append(_rows(module, args[0])))
+        for name, layer in layers.items()
+    ]
     try:
-        yield
+        with simulate(weights=False, activations=False):
+            for run in runs:
+                run()
     finally:
-        for layer, values in changed.items():
-            set_matrix(layer, values)
+        for handle in handles:
+            handle.remove()
+    return rows
 
 
 @torch.no_grad()
@@ -141,7 +151,6 @@ def refit_layers(
     *,
     feedback: bool,
     weight_observer: str = "mse",
-    turn: Callable[[str, QuantizedLayer], None] = lambda *_: None,
 ) -> list[RefitReport]:
     """Fits layers again, one after the other, each to inputs that the ones before it give as they are now.
 
@@ -152,38 +161,30 @@ def refit_layers(
         settings: Of the refit.
         feedback: Round with feedback afterwards: the weights are then values of their grids.
         weight_observer: For the grids that are fitted again to the new weights.
-        turn: Told of each layer before its inputs are gathered.
 
     Returns:
         One report a layer.
     """
-    kept: dict[QuantizedLayer, Tensor] = {}
+    layers: dict[str, QuantizedLayer] = {name: model.get_submodule(name) for name in names}
+    floating = _float_rows(layers, passes.floating[: settings.items])
     reports = []
-    for name in names:
-        layer: QuantizedLayer = model.get_submodule(name)
-        turn(name, layer)
-        gathered = _gather(layer, passes, kept, settings.items)
-        kept[layer] = matrix(layer)
+    for name, layer in layers.items():
+        gathered = _gather(layer, passes.quantized[: settings.items], floating.pop(name))
         reports.append(_refit_layer(name, layer, gathered, settings, feedback, weight_observer))
     return reports
 
 
 def _gather(
-    layer: QuantizedLayer, passes: Passes, kept: dict[QuantizedLayer, Tensor], items: int
+    layer: QuantizedLayer, runs: list[Callable[[], object]], floating: list[Tensor]
 ) -> tuple[LayerMoments, LayerMoments]:
     """Moments of a layer's inputs on the items that it is fitted to, and on those that judge."""
-    fit, judge, ones = LayerMoments(), LayerMoments(), layer.bias is not None
-    for index, (quantized, floating) in enumerate(list(zip(passes.quantized, passes.floating))[:items]):
+    fit, judge = LayerMoments(), LayerMoments()
+    for index, (run, exact) in enumerate(zip(runs, floating)):
         with simulate(weights=True, activations=True, drop=0.0):
-            args, _ = capture_call(layer, quantized)
-            rounded = columns(layer, layer.input_quantizer(args[0]))
-        with originals(kept), simulate(weights=False, activations=False):
-            args, _ = capture_call(layer, floating)
-            exact = columns(layer, args[0])
-        step = odd_step_within(exact.shape[1], ROWS)
-        rows = (rounded[:, ::step], exact[:, ::step])
+            args, _ = capture_call(layer, run)
+            rounded = _rows(layer, layer.input_quantizer(args[0]))
         into = judge if index % HELD_OUT == HELD_OUT - 1 else fit
-        into.update(*(F.pad(each, (0, 1), value=1.0) if ones else each for each in rows))
+        into.update(rounded, exact)
     return fit, judge
 
 

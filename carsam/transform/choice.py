@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ JUDGES = 3
 LEAST_GAIN = 0.02
 # Prompts and windows of an image that a trial is made with: they differ less than images do.
 PROMPTS, WINDOWS = 2, 4
+# Side of what is cut from a map of tokens (batch, height, width, channels): a global attention of ViT-B over all of its
+# 4,096 tokens takes seconds a trial. The float output that a trial is compared with is of the same piece.
+LARGEST_SIDE = 32
 
 Folding = Callable[[nn.Module, AttentionSite, Mapping[str, ChannelStatistics]], None]
 
@@ -125,11 +129,16 @@ def island(path: str, module: nn.Module) -> nn.Module:
     return root
 
 
-def _cut(value: Any, *, windows: int) -> Any:
-    """Some windows or prompts of a tensor, evenly spaced; anything else as it is."""
+def _cut(value: Any, *, windows: int, maps: bool) -> Any:
+    """Some windows or prompts of a tensor, evenly spaced, and the middle of large maps; anything else as it is."""
     if not isinstance(value, Tensor) or value.dim() <= 2:
         return value
-    return value[:: step_for(len(value), windows)][:windows].clone()
+    value = value[:: step_for(len(value), windows)][:windows]
+    if maps and value.dim() == 4:
+        for dimension in (1, 2):
+            side = min(value.shape[dimension], LARGEST_SIDE)
+            value = value.narrow(dimension, (value.shape[dimension] - side) // 2, side)
+    return value.clone()
 
 
 def captured_calls(model: nn.Module, sites: Sites, data: CalibrationSet, images: int) -> dict[str, Calls]:
@@ -139,7 +148,8 @@ def captured_calls(model: nn.Module, sites: Sites, data: CalibrationSet, images:
 
     def see(site: AttentionSite, args: tuple, kwargs: dict) -> None:
         windows = PROMPTS if site.coupled else WINDOWS
-        kept = tuple(_cut(a, windows=windows) for a in args), {k: _cut(v, windows=windows) for k, v in kwargs.items()}
+        cut = partial(_cut, windows=windows, maps=not site.coupled)
+        kept = tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
         (calls[site.name].judge if judging else calls[site.name].fit).append(kept)
 
     handles = [

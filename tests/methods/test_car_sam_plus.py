@@ -46,7 +46,7 @@ def test_what_is_chosen_leaves_the_float_model_as_it_is(name):
     model, data = subject(name)
     changed, sites = copy.deepcopy(model), find_sites(model)
     settings = {"foldings": ["centre values", "centre keys", "balance", "even values", "hadamard"]}
-    method = create("car-sam-plus", {**QUICK, "equivalences": {**settings, "images": 6}})
+    method = create("car-sam-plus", {**QUICK, "equivalences": {**settings, "images": 3, "observers": ["percentile"]}})
     choices = method.choose(changed, sites, data, BitPlan(Bits(4, 4)))
     torch.testing.assert_close(logits(changed, data), logits(model, data), atol=1e-4, rtol=1e-4)
     folded = [report for report in choices.reports if report["transform"] == "foldings"]
@@ -86,7 +86,8 @@ def test_a_rotation_that_is_forbidden_is_refused_or_noted_and_never_silent(caplo
 def test_fast_learns_nothing_and_beats_rounding_to_nearest(name):
     model, data = subject(name)
     float_logits = logits(model, data)
-    fast = carsam.quantize(model, data, QuantizeConfig("car-sam-plus", {**PRESETS["fast"], **QUICK}))
+    settings = {**PRESETS["fast"], **QUICK, "refit": {"damping": 0.1}, "equivalences": {"images": 3, "observers": []}}
+    fast = carsam.quantize(model, data, QuantizeConfig("car-sam-plus", settings))
     nearest = carsam.quantize(model, data, QuantizeConfig("rtn", QUICK))
 
     def error(result):
