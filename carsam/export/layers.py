@@ -15,6 +15,8 @@ from carsam.export.weights import float_weight, integer_matrix
 from carsam.pack.layers import PackedLayer
 
 MATMUL = "MatMulIntegerToFloat"
+# The transpose at the end of a convolution.
+LAST = "ChannelsFirst"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def _lower_integer(
             product = graph.node("Add", total, product, outputs=[y] if last and not convolution else 1)
         total = product
     if convolution:
-        graph.node("Transpose", total, perm=[0, 3, 1, 2], outputs=[y])
+        graph.node("Transpose", total, perm=[0, 3, 1, 2], outputs=[y], name=LAST)
 
 
 def _patches(

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from carsam.export.attention import Call, lower_attention
 from carsam.export.graph import OPSET, Stretch
-from carsam.export.layers import Lowered, lower_layer
+from carsam.export.layers import LAST, Lowered, lower_layer
 from carsam.export.markers import ATTENTION, DOMAIN, marked
+from carsam.export.transposes import sunk
 from carsam.models.attention import MatMulQuantizers
 from carsam.models.family import Family
 
@@ -147,6 +148,8 @@ def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_prec
         halved.append(
             helper.make_node("Cast", [smaller.name], [tensor.name], name=f"{tensor.name}/Cast", to=TensorProto.FLOAT)
         )
+    last = [node.name for node in nodes if node.op_type == "Transpose" and node.name.endswith(f"/{LAST}")]
+    nodes = sunk(nodes, [*kept, *constants], [output.name for output in graph.output], last)
     result = helper.make_graph([*halved, *nodes], graph.name, graph.input, graph.output, [*kept, *constants])
     return Half(result, tuple(lowered))
 

@@ -8,12 +8,15 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from tinyvit_state import SIDES, SMALL
 
 from carsam.errors import CarsamError, CheckpointError, ConfigError
 from carsam.export.check import check_share, prove
-from carsam.export.export import REPORT, export
+from carsam.export.export import REPORT, describe, export, write
 from carsam.export.profile import profiles
 from carsam.export.requirements import require_onnx, require_runtime
+from carsam.export.trace import trace
+from carsam.models.family import family_of
 from carsam.models.forward import encode_image, predict_logits
 from carsam.models.tinyvit.random import random_tinyvit
 from carsam.pack.checkpoint import load
@@ -47,6 +50,13 @@ def pair(packed_folder, tmp_path_factory):
     """The profile onnx of the packed model."""
     folder = tmp_path_factory.mktemp("export") / "pair"
     return export(packed_folder, folder), folder
+
+
+@pytest.fixture(scope="module")
+def traced(packed_folder):
+    """The packed model's description and its graphs, for every profile."""
+    model = load(packed_folder)
+    return describe(packed_folder, model, family_of(model), "any"), trace(model, family_of(model))
 
 
 def test_masks_are_those_of_the_simulated_model(pair, packed_folder, pixel_values):
@@ -129,8 +139,8 @@ def test_all_layers_run_in_integers_and_the_files_say_what_they_are(pair, packed
         ),
     ],
 )
-def test_names_and_shapes_are_the_tools_own(profile, encoder, decoder, files, packed_folder, tmp_path):
-    result = export(packed_folder, tmp_path / "out", profile)
+def test_names_and_shapes_are_the_tools_own(profile, encoder, decoder, files, traced, tmp_path):
+    result = write(tmp_path / "out", profiles()[profile], *traced)
     assert set(result.files) == files
     graphs = sorted((name for name in files if name.endswith(".onnx")), key=lambda name: "decoder" in name)
     for name, (inputs, outputs) in zip(graphs, (encoder, decoder)):
@@ -156,13 +166,13 @@ def test_profiles_are_found():
 
 
 def test_what_cannot_be_exported_is_refused(packed_folder, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="no export profile 'tflite'; there are onnx, osam"):
+    with pytest.raises(ConfigError, match="no export profile 'tflite'; there are onnx, openvino"):
         export(packed_folder, tmp_path / "out", "tflite")
     with pytest.raises(CarsamError, match="is or holds the model"):
         export(packed_folder, packed_folder, overwrite=True)
     with pytest.raises(CheckpointError):
         export(tmp_path / "nothing", tmp_path / "out")
-    random_tinyvit("mobilesam", 128).save_pretrained(tmp_path / "tiny")
+    random_tinyvit("mobilesam", SIDES["mobilesam"], **SMALL).save_pretrained(tmp_path / "tiny")
     with pytest.raises(ConfigError, match=r"transformers\.js has no model for the family tinyvit"):
         export(tmp_path / "tiny", tmp_path / "out", "transformers.js")
     assert not (tmp_path / "out").exists()
