@@ -1,8 +1,8 @@
 """Transposes moved behind a quantizer, where they move a quarter of the bytes.
 
-A convolution in integers gives its map with channels last, and what follows in the traced graph wants channels first: an
-activation, then the next layer's quantizer. Element by element both are the same in any order, so the transpose may
-wait until the values are codes.
+A convolution in integers gives its map with channels last, and what follows in the traced graph wants channels first:
+an activation, then the next layer's quantizer. Element by element both are the same in any order, so it may wait
+until the values are codes.
 """
 
 from __future__ import annotations

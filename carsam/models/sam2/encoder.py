@@ -34,33 +34,6 @@ NECK = f"{ENCODER}.neck"
 LEVEL = "level_{}"
 
 
-def _neck(self: Sam2VisionNeck, hidden_states: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The neck's own ``forward``, without its cast of each input to the type of a convolution's weights.
-
-    The weights of a packed convolution are bytes: with the cast, its input would be cut to whole numbers from 0 to 255.
-
-    Args:
-        self: The neck.
-        hidden_states: Maps (B, h, w, C) from the finest level to the coarsest.
-
-    Returns:
-        Maps (B, C', h, w) from the coarsest to the finest, and their position encodings.
-    """
-    maps: list[Tensor] = []
-    last = len(self.convs) - 1
-    for index in range(last, -1, -1):
-        lateral = self.convs[last - index](hidden_states[index].permute(0, 3, 1, 2))
-        if index in self.fpn_top_down_levels and index < last:
-            # The nearest neighbour in float32, as transformers computes it.
-            lateral = lateral + F.interpolate(maps[-1].float(), scale_factor=2.0, mode="nearest").to(lateral.dtype)
-        maps.append(lateral)
-    places = [self.position_encoding(each.shape, each.device, each.dtype).to(each.dtype) for each in maps]
-    return tuple(maps), tuple(places)
-
-
-Sam2VisionNeck.forward = _neck
-
-
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks by module path, in execution order."""
     return {f"{BACKBONE}.blocks.{index}": block for index, block in enumerate(model.get_submodule(BACKBONE).blocks)}
