@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from carsam.benchmark.process import SubjectError
 from carsam.models.family import family_of
-from carsam.runtime.onnx import DECODER, ENCODER, write_halves
+from carsam.runtime.onnx import DECODER, ENCODER, files_key, write_halves
 
 # What others install, by the name that is imported.
 INSTALL = {
@@ -57,12 +57,15 @@ class Work:
 
     def float_files(self) -> Path:
         """The float model's halves as ONNX files."""
-        return write_halves(self.model, family_of(self.model), self.folder / "float")
+        return self._files("float", self.model)
 
     def own_files(self, name: str) -> Path:
         """A packed model's halves as ONNX files."""
-        model = self.packed[name]
-        return write_halves(model, family_of(model), self.folder / name.lower())
+        return self._files(name.lower(), self.packed[name])
+
+    def _files(self, name: str, model: PreTrainedModel) -> Path:
+        # A folder that is kept may hold the files of another model by the same name.
+        return write_halves(model, family_of(model), self.folder / f"{name}-{files_key(model)[:8]}")
 
 
 @dataclass(frozen=True)

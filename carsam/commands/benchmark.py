@@ -89,13 +89,14 @@ def benchmark(
     output = Output(json, quiet=quiet)
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
+    folders = _folders(packed or [])
+    rows = _chosen(subjects(list(folders)), only or [])
     floating = open_model(model, "cpu", None, image_size)
     pixels = _pixels(floating, data)
     with tempfile.TemporaryDirectory(prefix="carsam-benchmark-") as temporary:
         folder = keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        ours = _packed(floating, packed or [], pixels, folder)
-        rows = _chosen(subjects(list(ours)), only or [])
+        ours = _packed(floating, _needed(folders, rows), pixels)
         output.line(f"{processor()}; {threads} threads; others at work: load {busy():.1f}")
         work = Work(model, floating, ours, folder, pixels, threads, image_size)
         score = None if coco is None else _score(coco, images, limit)
@@ -128,21 +129,37 @@ def _pixels(model: PreTrainedModel, images: Path | None) -> list[np.ndarray]:
     return [preprocess(read_image(path))[0].numpy() for path in list_images(images)[:4]]
 
 
+def _folders(packed: Sequence[Path]) -> dict[str, Path | None]:
+    """Ours by their bits, as ``W4A4``: a packed folder each, or None where one is made by nearest rounding."""
+    from carsam.pack.folder import is_packed, read_config
+
+    if not packed:
+        return {"W8A8": None, "W6A6": None, "W4A4": None}
+    found: dict[str, Path | None] = {}
+    for folder in packed:
+        if not is_packed(folder):
+            raise ConfigError(f"{folder} is not a packed folder; give what carsam quantize wrote.")
+        name = str(read_config(folder)["quantization_config"].get("bits", "")).upper() or folder.name
+        found[name if name not in found else f"{name} ({folder.name})"] = folder
+    return found
+
+
+def _needed(folders: dict[str, Path | None], rows: Sequence[Subject]) -> dict[str, Path | None]:
+    """Those that a row is of."""
+    return {name: place for name, place in folders.items() if any(row.name.startswith(f"ours {name},") for row in rows)}
+
+
 def _packed(
-    model: PreTrainedModel, folders: Sequence[Path], pixels: Sequence[np.ndarray], work: Path
+    model: PreTrainedModel, folders: dict[str, Path | None], pixels: Sequence[np.ndarray]
 ) -> dict[str, PreTrainedModel]:
-    """Ours, by their bits: loaded, or made by nearest rounding of ranges seen on the images."""
+    """Ours: loaded, or made by nearest rounding of ranges seen on the images."""
     from carsam.benchmark.nearest import nearest
     from carsam.pack.checkpoint import load
 
-    if not folders:
-        return {bits.upper(): nearest(model, bits, pixels) for bits in ("w8a8", "w6a6", "w4a4")}
-    found: dict[str, PreTrainedModel] = {}
-    for folder in folders:
-        packed = load(folder)
-        name = packed.config.quantization_config.bits.upper()
-        found[name if name not in found else f"{name} ({folder.name})"] = packed
-    return found
+    return {
+        name: load(place) if place is not None else nearest(model, name.lower(), pixels)
+        for name, place in folders.items()
+    }
 
 
 def _chosen(rows: list[Subject], only: Sequence[str]) -> list[Subject]:

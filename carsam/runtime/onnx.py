@@ -79,7 +79,12 @@ def onnx_halves(model: PreTrainedModel, *, threads: int | None = None, folder: P
     import onnxruntime
 
     family = family_of(model)
-    folder = write_halves(model, family, folder or cache_folder() / "onnx" / _key(model))
+    if folder is None:
+        cache = cache_folder() / "onnx"
+        folder = write_halves(model, family, cache / files_key(model))
+        _forget(cache)
+    else:
+        write_halves(model, family, folder)
     sessions = [OnnxSession(folder / name, threads) for name in (ENCODER, DECODER)]
     shapes = {each.name: tuple(each.shape) for each in sessions[1].session.get_inputs() if each.name not in PROMPTS}
     side = family.low_res_size(model)
@@ -117,7 +122,6 @@ def write_halves(model: PreTrainedModel, family: Family, folder: Path) -> Path:
         metadata=said,
     )
     write(folder, SimpleNamespace(name="runtime", files=_files), subject, trace(model, family))
-    _forget(folder.parent)
     return folder
 
 
@@ -141,7 +145,7 @@ def _files(subject: Any, core: Core) -> dict[str, Any]:
     }
 
 
-def _key(model: PreTrainedModel) -> str:
+def files_key(model: PreTrainedModel) -> str:
     """What decides the files: the model's tensors and configuration, and the sources that write them."""
     import onnx
 

@@ -43,6 +43,7 @@ def test_predict_on_onnx_runtime(carsam_cli, packed_folder, tmp_path):
         ),
         (["benchmark", "none", "--coco", "a.json"], "--coco and --images must be given together"),
         (["benchmark", "none"], "no such file or folder: none"),
+        (["benchmark", "none", "nowhere"], "nowhere is not a packed folder; give what carsam quantize wrote."),
     ],
 )
 def test_refusals(carsam_cli, arguments, message):

@@ -1,6 +1,7 @@
 """Prediction on ONNX Runtime: the same masks as in torch, the encoder once and the decoder for every click."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from carsam.models.family import family_of
 from carsam.models.forward import encode_image, predict_logits, run_in, runs_in
 from carsam.runtime.choose import device_for, use_runtime
 from carsam.runtime.halves import Halves, prompt_points
-from carsam.runtime.onnx import DECODER, onnx_halves
+from carsam.runtime.onnx import DECODER, KEPT, onnx_halves
 
 pytest.importorskip("onnxruntime", reason="an optional package: carsam[onnx]")
 
@@ -114,6 +115,22 @@ def test_a_packed_folder_predicts_in_integers(packed_folder, small_set, cache_fo
     assert runs_in(copy.deepcopy(again)) is runs_in(again)
     assert runs_in(carsam.SamPredictor(again).model) is runs_in(again)
     assert runs_in(carsam.SamPredictor(again, runtime="torch").model) is None
+
+
+def test_only_the_cache_forgets(tmp_path, monkeypatch):
+    """Files that were used least recently go, and never those in a folder of the user's."""
+    monkeypatch.setenv("CARSAM_CACHE", str(tmp_path / "cache"))
+    model = small_model("sam")
+    for parent in (tmp_path / "mine", tmp_path / "cache" / "onnx"):
+        for number in range(KEPT + 1):
+            (parent / str(number)).mkdir(parents=True)
+            (parent / str(number) / DECODER).write_bytes(b"")
+            os.utime(parent / str(number), (number, number))
+    onnx_halves(model, folder=tmp_path / "mine" / "model")
+    onnx_halves(model)
+    assert len(list((tmp_path / "mine").iterdir())) == KEPT + 2
+    left = {path.name for path in (tmp_path / "cache" / "onnx").iterdir()}
+    assert len(left) == KEPT and {"0", "1"}.isdisjoint(left)
 
 
 def test_the_encoder_runs_once_and_the_decoder_for_every_click(packed_folder):
