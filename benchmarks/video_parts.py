@@ -23,14 +23,14 @@ from torch import nn
 
 import carsam
 from carsam.bits.plan import BitPlan, Bits
-from carsam.calibrate.ranges import calibrate
+from carsam.calibrate.observers import RangeRecorder
 from carsam.evaluate.video import evaluate_videos
 from carsam.methods.base import create
 from carsam.models.attention import MatMulQuantizers
 from carsam.models.family import find_sites
 from carsam.models.prepare import prepare_model
 from carsam.models.sites import OPERANDS, LayerSite, Sites
-from carsam.prompts.calibration import calibration_set
+from carsam.prompts.calibration import CalibrationSet, calibration_set
 from carsam.quantizers import QuantizedLayer, SiteQuantizer, simulate
 from carsam.run.walk import fit_weights
 
@@ -77,15 +77,21 @@ def switch(model: nn.Module, sites: Sites, on: Callable[[str], bool]) -> None:
                     quantizer.bits = 16
 
 
-def rows(sites: Sites, extra: list[LayerSite]) -> Iterator[tuple[str, Callable[[str], bool]]]:
-    """Titles with the sites that are quantized; the names of extra layers are those that else stay float."""
-    kept = {name for site in extra for name in (site.name, site.input)}
+def rows(sites: Sites, wider: Sites, extra: list[LayerSite]) -> Iterator[tuple[str, Callable[[str], bool]]]:
+    """Titles with what is quantized.
+
+    Args:
+        sites: What carsam quantizes.
+        wider: With the layers that stay in floating point.
+        extra: Those of them that run at all.
+    """
+    kept = {name for site in sites.floating for name in (site.name, site.input)}
     own = parts(sites)
     yield "nothing (float)", lambda _name: False
     for title, holds in own.items():
         yield f"{title} alone", lambda name, holds=holds: name not in kept and holds(name)
     yield "**everything that carsam quantizes**", lambda name: name not in kept
-    weights = {site.name for site in sites.layers}
+    weights = {site.name for site in wider.layers}
     yield "everything, weights alone", lambda name: name not in kept and name in weights
     yield "everything, activations alone", lambda name: name not in kept and name not in weights
     for title, holds in own.items():
@@ -96,6 +102,20 @@ def rows(sites: Sites, extra: list[LayerSite]) -> Iterator[tuple[str, Callable[[
         groups.setdefault(".".join(site.name.split(".")[:2]), set()).update((site.name, site.input))
     for title, names in groups.items():
         yield f"everything and `{title}`", lambda name, names=names: name not in kept or name in names
+
+
+def observe(model: nn.Module, sites: Sites, data: CalibrationSet, observer: str) -> Callable[[LayerSite], bool]:
+    """Sets ranges from the float model's clips; tells whether a layer ran at all (one for mask prompts does not)."""
+    recorder = RangeRecorder([model])
+    with recorder.recording(), simulate(weights=False, activations=False):
+        for image in data.images:
+            sites.family.forward(model, image)
+    for quantizer, record in list(recorder.records.items()):
+        if not record.seen:
+            quantizer.bits = 16
+            del recorder.records[quantizer]
+    recorder.apply(observer)
+    return lambda site: model.get_submodule(site.name).input_quantizer.bits < 16
 
 
 def main() -> None:
@@ -118,11 +138,12 @@ def main() -> None:
     prepare_model(model, wider, BitPlan(Bits.parse(arguments.bits)), method.quantizer_for, method.softmax_for)
     model.requires_grad_(False)
     fit_weights(model, method.weight_observer)
-    calibrate(model, data, method.activation_observer)
+    reached = observe(model, sites, data, method.activation_observer)
+    extra = [site for site in sites.floating if reached(site)]
 
     kept = json.loads(arguments.keep.read_text()) if arguments.keep and arguments.keep.exists() else {}
     options.head("in 4 bits", "J&F", "J", "F")
-    for title, on in rows(wider, list(sites.floating)):
+    for title, on in rows(sites, wider, extra):
         if title not in kept:
             changed = copy.deepcopy(model)
             switch(changed, wider, on)
