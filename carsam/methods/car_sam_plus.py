@@ -87,6 +87,8 @@ class CarSamPlus(CarSam):
         refit: Of every layer to its quantized input, and rounding with feedback where nothing is learned.
         learn: Learn rounding and steps; False rounds with feedback instead.
         reconstruction: Settings of the optimiser loop.
+        softmax: Another grid than ``uniform`` is taken for every attention; else ``equivalences.softmax`` are there to
+            choose from.
         mac: Settings of MAC; off, since the refit answers the same errors and those from upstream as well.
     """
 
@@ -100,12 +102,17 @@ class CarSamPlus(CarSam):
     learn: bool = True
 
     @property
+    def grids(self) -> tuple[str, ...]:
+        """Grids of P to choose from."""
+        return self.equivalences.softmax if self.softmax == UniformSoftmax.grid else (self.softmax,)
+
+    @property
     def notes(self) -> str:
         """Grids of P that may be chosen and are not uniform."""
-        noted = [note for name in self.equivalences.softmax if (note := softmax_grids()[name].note)]
+        noted = [note for name in self.grids if (note := softmax_grids()[name].note)]
         if not noted:
             return ""
-        every = len(noted) == len(self.equivalences.softmax)
+        every = len(noted) == len(self.grids)
         return f"P in {' or '.join(noted if every else ('uniform codes', *noted))}"
 
     def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
@@ -145,7 +152,7 @@ class CarSamPlus(CarSam):
             data,
             plan,
             foldings=settings.foldings,
-            grids=settings.softmax,
+            grids=self.grids,
             softmax=self._softmax,
             observer=self.activation_observer,
             observers=settings.observers,
@@ -171,7 +178,7 @@ class CarSamPlus(CarSam):
         return softmax_grids()[grid](bits)
 
     def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
-        return self._softmax(self.equivalences.softmax[0], site, bits)
+        return self._softmax(self.grids[0], site, bits)
 
     def reconstruction_for(self, unit: Unit) -> ReconstructionSettings | None:
         return self.reconstruction if self.learn else None

@@ -102,6 +102,14 @@ def test_fast_learns_nothing_and_beats_rounding_to_nearest(name):
     assert {path: operands["probs"]["grid"] for path, operands in layout.items()} == chosen
 
 
+def test_a_grid_of_p_that_is_asked_for_is_not_chosen():
+    assert create("car-sam-plus").notes == "P in uniform codes or row-maximum codes or log2 codes"
+    asked = create("car-sam-plus", {"softmax": "log2"})
+    assert asked.grids == ("log2",) and asked.notes == "P in log2 codes"
+    assert asked.softmax_for("a.probs", 4).grid == "log2"
+    assert create("car-sam-plus", {"equivalences": {"softmax": ["uniform"]}}).notes == ""
+
+
 def test_presets_are_settings_of_the_method_and_other_flags_win():
     config = quantize_config(preset="fast", images="x")
     assert config.method == "car-sam-plus" and create(config.method, config.settings).learn is False
