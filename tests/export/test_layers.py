@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from carsam.errors import ConfigError
 from carsam.export.graph import Stretch
 from carsam.export.layers import lower_layer
 from carsam.export.weights import unpacked
 from carsam.pack.bits import pack_codes
 from carsam.pack.layers import PackedLayer
-from carsam.quantizers import ActivationQuantizer, GroupedQuantizer, HybridQuantizer
+from carsam.quantizers import ActivationQuantizer, GroupedQuantizer, HybridQuantizer, SiteQuantizer
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -139,3 +140,16 @@ def test_the_zones_of_a_log_uniform_grid(bits, log_codes, integer, run_stretch):
     result, expected, facts = lowered(layer, x, run_stretch)
     assert (facts.integer_macs == facts.macs) is integer and ("log-uniform" in facts.reason) is not integer
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_grid_from_elsewhere_is_refused():
+    class Elsewhere(SiteQuantizer):
+        grid = ""
+
+    quantizer = Elsewhere(4, always=True)
+    quantizer.grid = "elsewhere"
+    layer = PackedLayer.like(nn.Linear(3, 2), 4, quantizer)
+    with pytest.raises(
+        ConfigError, match="the grid 'elsewhere' of site has no ONNX form; quantize with another method"
+    ):
+        lower_layer(Stretch("site"), layer, "x", "y", ((1, 3), (1, 2)))
