@@ -110,10 +110,10 @@ def _onnx(folder: Path, work: Work) -> tuple[dict[str, Any], int]:
 
 
 def _dynamic(work: Work) -> tuple[dict[str, Any], int]:
-    """As samexporter's exporters do with ``--quantize-out``."""
+    """As samexporter's exporters do with ``--quantize-out``; their files have constants folded."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    plain, out = work.float_files(), work.folder / "dynamic"
+    plain, out = _folded(work), work.folder / "dynamic"
     out.mkdir(exist_ok=True)
     settings = {"per_channel": False, "reduce_range": False, "weight_type": QuantType.QUInt8}
     logging.disable(logging.WARNING)  # it recommends another preparation of the file on the root logger
@@ -123,6 +123,21 @@ def _dynamic(work: Work) -> tuple[dict[str, Any], int]:
     finally:
         logging.disable(logging.NOTSET)
     return _onnx(out, work)
+
+
+def _folded(work: Work) -> Path:
+    """The float model's files with operations on constants computed: other quantizers look for weights as constants."""
+    import onnxruntime
+
+    plain, out = work.float_files(), work.folder / "folded"
+    out.mkdir(exist_ok=True)
+    for name in (ENCODER, DECODER):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(out / name)
+        onnxruntime.InferenceSession(str(plain / name), options, providers=["CPUExecutionProvider"])
+    return out
 
 
 def _torch(work: Work, **fields: Any) -> tuple[dict[str, Any], int]:
@@ -160,8 +175,9 @@ def _nncf(work: Work) -> tuple[dict[str, Any], int]:
     plain, out = work.float_files(), work.folder / "nncf"
     out.mkdir(exist_ok=True)
     data = nncf.Dataset([{"pixel_values": image} for image in work.images])
+    # convert_model folds constants, which read_model leaves: without it NNCF finds no weights.
     quantized = nncf.quantize(
-        openvino.Core().read_model(str(plain / ENCODER)),
+        openvino.convert_model(str(plain / ENCODER)),
         data,
         subset_size=len(work.images),
         model_type=nncf.ModelType.TRANSFORMER,

@@ -76,6 +76,9 @@ def test_other_hands_compute_the_same_model(work, pixels, name):
     known = {row.name: row for row in subjects([])}
     spec, size = known[name].prepare(work)
     assert size > 0
+    if "INT8" in name:
+        # Weights are found and quantized: some tools pass over those that are not constants.
+        assert size < 0.5 * known[BASELINE].prepare(work)[1]
     with SubjectProcess(spec) as process:
         _, image = process.run("encoder", {"pixel_values": pixels}, keep=True)
         _, found = process.run("decoder", {**image, **_prompt(work.model)}, keep=True)
