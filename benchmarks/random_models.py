@@ -14,7 +14,7 @@ NAMES = (*(name for name in SIZES if name != "nano"), *(f"{SAM2}{name}" for name
 
 
 def random_model(name: str, blocks: int | None = None) -> PreTrainedModel:
-    """A model at 1024 px; a SAM 2 comes with its memory, as its checkpoints do.
+    """A model at 1024 px; a SAM 2 without its memory, whose calibration would follow clips.
 
     Args:
         name: One of :data:`NAMES`.
@@ -25,7 +25,7 @@ def random_model(name: str, blocks: int | None = None) -> PreTrainedModel:
     """
     config_of(name, blocks)
     if name.startswith(SAM2):
-        return random_sam2(name.removeprefix(SAM2), video=True)
+        return random_sam2(name.removeprefix(SAM2))
     return random_sam(name, blocks=blocks)
 
 
@@ -37,4 +37,4 @@ def config_of(name: str, blocks: int | None = None) -> PreTrainedConfig:
         return sam_config(name, blocks=blocks)
     if blocks is not None:
         raise ConfigError("the blocks of a SAM 2 are of several widths and cannot be left out.")
-    return sam2_config(name.removeprefix(SAM2), video=True)
+    return sam2_config(name.removeprefix(SAM2))

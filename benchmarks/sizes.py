@@ -25,9 +25,9 @@ from carsam.models.family import family_of
 from carsam.pack.checkpoint import folder_size
 from carsam.run.memory import peak_memory
 
-# Of the FP16 file. A SAM 2 keeps its memory in FP16, which is a quarter of the smallest and 5 % of the largest.
+# Of the FP16 file.
 LIMITS = {"vit-b": 0.30, "vit-l": 0.28, "vit-h": 0.28}
-SAM2_LIMIT = 0.60
+SAM2_LIMIT = 0.35
 
 
 def main() -> int:
