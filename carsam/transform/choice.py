@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from carsam.bits.plan import BitPlan, Bits
+from carsam.bits.plan import BitPlan
 from carsam.calibrate.observers import RangeRecorder
-from carsam.models.prepare import prepare_model
+from carsam.models.attention import MatMulQuantizers
+from carsam.models.prepare import attach_attention
 from carsam.models.sites import OPERANDS, AttentionSite, Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ActivationQuantizer, SoftmaxQuantizer, simulate
@@ -183,13 +184,11 @@ class Trial:
         softmax: Callable[[str, str, int], SoftmaxQuantizer],
         observer: str,
     ):
-        self._layers = tuple(layer for layer in sites.layers if layer.name.startswith(site.name + "."))
-        self._sites = replace(sites, layers=self._layers, attentions=(site,), readers=())
-        self._site, self._calls, self._softmax, self._observer = site, calls, softmax, observer
+        self._site, self._sites, self._calls = site, sites, calls
+        self._softmax, self._observer = softmax, observer
         # Weights and the layers' inputs stay in floating point: foldings are for Q, K, V and P.
-        bits = {which: plan.activation_bits(site.operand(which)) for which in OPERANDS}
-        self._plan = BitPlan(Bits(16, 16), tuple((site.operand(w), Bits(16, b)) for w, b in bits.items()))
-        self.quantizes = min(bits.values()) < 16
+        self._bits = {which: plan.activation_bits(site.operand(which)) for which in OPERANDS}
+        self.quantizes = min(self._bits.values()) < 16
         self._targets = [self._run(model.get_submodule(site.name), call) for call in calls.judge]
 
     @property
@@ -211,13 +210,9 @@ class Trial:
             ranges: Observers by operand where they are not the usual one.
         """
         model = island(self._site.name, copy.deepcopy(module))
-        prepare_model(
-            model,
-            self._sites,
-            self._plan,
-            lambda _site, bits, _role: ActivationQuantizer(bits),
-            lambda site, bits: self._softmax(grid, site, bits),
-        )
+        operands = [ActivationQuantizer(self._bits[which]) for which in OPERANDS[:3]]
+        probs = self._softmax(grid, self._site.operand("probs"), self._bits["probs"])
+        attach_attention(model, self._site, self._sites, MatMulQuantizers(*operands, probs))
         attention = model.get_submodule(self._site.name).to(next(module.parameters()).device)
         for which, observer in (ranges or {}).items():
             getattr(attention.matmul, which).observer = observer
