@@ -1,4 +1,4 @@
-"""A packed SAM 2 with memory goes through every command for images, the report, and transformers."""
+"""A packed SAM 2 goes through every command for images, the report, and transformers."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from places import CALIBRATION_COCO, CALIBRATION_IMAGES, EVALUATION_COCO, EVALUATION_IMAGES
 from small_models import small_model
-from transformers import AutoModel, Sam2ImageProcessor, Sam2VideoModel
+from transformers import AutoModel, Sam2ImageProcessor, Sam2Model
 from typer.testing import CliRunner
 
 import carsam
@@ -33,7 +33,7 @@ def run(*arguments, code=0):
 def folders(tmp_path_factory):
     """The float model as transformers saves it, and the packed one, evaluated and diagnosed; what diagnosis said."""
     place = tmp_path_factory.mktemp("sam2")
-    model = small_model("sam2_video")
+    model = small_model("sam2")
     model.save_pretrained(place / "sam2-small")
     (place / "sam2-small" / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(model)))
     packed = place / "sam2-small-w4a4"
@@ -61,8 +61,8 @@ def test_info(folders, tmp_path):
     assert list(regions) == ["encoder blocks", "encoder neck", "decoder transformer", "everything else"]
     assert regions["encoder neck"]["layers"] == 4 and regions["encoder blocks"]["layers"] == len(inside) - 4
     assert regions["encoder blocks"]["bits"] == {"w4a4": len(inside) - 4}
-    assert values["family"] == "sam2_video" and values["input_pixels"] == 128
-    assert "SAM 2 with memory in floating point" in run("info", folders[0]).stdout
+    assert values["family"] == "sam2" and values["input_pixels"] == 128
+    assert "SAM 2 in floating point" in run("info", folders[0]).stdout
 
 
 def test_diagnosis_and_report(folders):
@@ -77,7 +77,7 @@ def test_diagnosis_and_report(folders):
     assert "vision_encoder" not in said.stdout
     page = render(read_source(packed))
     assert page.refused == {}
-    for text in ("encoder blocks", "encoder neck", "block 0", "0 tok→img", "SAM 2 with memory, quantized with"):
+    for text in ("encoder blocks", "encoder neck", "block 0", "0 tok→img", "SAM 2, quantized with"):
         assert text in page.html, text
     assert "other quantized layers" not in page.html
 
@@ -101,9 +101,9 @@ def test_transformers_loads_it(folders, tmp_path):
     packed = carsam.load(folders[1])
     pixels, boxes = torch.randn(1, 3, 128, 128), torch.tensor([[10.0, 20.0, 90.0, 100.0]])
     expected = predict_logits(packed, encode_image(packed, pixels), boxes=boxes)[0]
-    for kind in (AutoModel, Sam2VideoModel):
+    for kind in (AutoModel, Sam2Model):
         again = kind.from_pretrained(folders[1])
-        assert type(again) is Sam2VideoModel
+        assert type(again) is Sam2Model
         found = predict_logits(again, encode_image(again, pixels), boxes=boxes)[0]
         assert torch.equal(found, expected)
     assert all(not buffer.is_meta for buffer in again.buffers())
@@ -126,9 +126,9 @@ def test_a_changed_number_of_blocks_is_refused(folders, tmp_path):
     with pytest.raises(CheckpointError):
         carsam.load(folder)
     with pytest.raises(CheckpointError, match="blocks_per_stage"):
-        Sam2VideoModel.from_pretrained(folder)
+        Sam2Model.from_pretrained(folder)
 
 
 def test_model_card(folders):
     text = (folders[1] / "README.md").read_text()
-    assert 'Sam2VideoModel.from_pretrained("sam2-small-w4a4")' in text and "SamModel." not in text
+    assert 'Sam2Model.from_pretrained("sam2-small-w4a4")' in text and "SamModel." not in text
