@@ -122,7 +122,7 @@ def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_prec
     """Puts the integer form of every site in the place of its mark."""
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []
-    lowered = []
+    lowered: list[Lowered] = []
     for node in graph.node:
         if node.domain != DOMAIN:
             nodes.append(node)
@@ -131,15 +131,17 @@ def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_prec
         name = found["name"].decode()
         stretch = Stretch(name)
         if node.op_type == ATTENTION:
-            lowered.append(lower_attention(stretch, sites[name], _call(node, found)))
+            facts = lower_attention(stretch, sites[name], _call(node, found))
         else:
             shapes = found["input"], found["output"]
-            lowered.append(lower_layer(stretch, sites[name], node.input[0], node.output[0], shapes))
+            facts = lower_layer(stretch, sites[name], node.input[0], node.output[0], shapes)
+        if _is_quantized(sites[name]):
+            lowered.append(facts)
         nodes += stretch.nodes
         constants += stretch.constants
     halved = []
     kept = []
-    for tensor in graph.initializer:
+    for tensor in (*graph.initializer, *constants):
         smaller = _halved(tensor) if half_precision else None
         if smaller is None:
             kept.append(tensor)
@@ -149,9 +151,16 @@ def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_prec
             helper.make_node("Cast", [smaller.name], [tensor.name], name=f"{tensor.name}/Cast", to=TensorProto.FLOAT)
         )
     last = [node.name for node in nodes if node.op_type == "Transpose" and node.name.endswith(f"/{LAST}")]
-    nodes = sunk(nodes, [*kept, *constants], [output.name for output in graph.output], last)
-    result = helper.make_graph([*halved, *nodes], graph.name, graph.input, graph.output, [*kept, *constants])
+    nodes = sunk(nodes, kept, [output.name for output in graph.output], last)
+    result = helper.make_graph([*halved, *nodes], graph.name, graph.input, graph.output, kept)
     return Half(result, tuple(lowered))
+
+
+def _is_quantized(site: nn.Module) -> bool:
+    """Whether a site has any codes: with 16 bits throughout, as in an encoder that was left alone, it has none."""
+    if isinstance(site, MatMulQuantizers):
+        return any(each.bits < 16 for each in (site.query, site.key, site.value, site.probs))
+    return site.weight_bits < 16 or site.input_quantizer.bits < 16
 
 
 def _call(node: onnx.NodeProto, found: Mapping) -> Call:
