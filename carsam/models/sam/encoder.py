@@ -59,13 +59,21 @@ def padded(model: nn.Module) -> tuple[str, ...]:
     """Projections of blocks whose windows do not divide the grid: SAM pads the last ones with zeros after the norm."""
     vision = model.config.vision_config
     grid = vision.image_size // vision.patch_size
-    sides = {block: model.get_submodule(block).window_size for block in blocks(model)}
+    # Families that derive from this one may have blocks without windows.
+    sides = {block: getattr(model.get_submodule(block), "window_size", 0) for block in blocks(model)}
     return tuple(f"{block}.attn.qkv" for block, side in sides.items() if side and grid % side)
 
 
-def residual(model: nn.Module) -> ResidualStream:
-    """The stream through the blocks: written by the embeddings and by each half of a block, read by norms and neck."""
+def residual(model: nn.Module) -> ResidualStream | str:
+    """The stream through the blocks: written by the embeddings and by each half of a block, read by norms and neck.
+
+    The reason why it may not be turned where a family that derives from this one has other blocks.
+    """
     written = [f"{block}.{layer}" for block in blocks(model) for layer in ("attn.proj", "mlp.lin2")]
+    modules = dict(model.named_modules())
+    missing = [path for path in (f"{ENCODER}.patch_embed.projection", *written) if path not in modules]
+    if missing:
+        return f"which layers write to the stream of its encoder is not known: there is no {missing[0]}"
     tables = () if model.get_submodule(ENCODER).pos_embed is None else (f"{ENCODER}.pos_embed",)
     return ResidualStream((f"{ENCODER}.patch_embed.projection", *written), tables, (f"{NECK}.conv1",))
 
