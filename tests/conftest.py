@@ -12,6 +12,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Small models gain nothing from a second thread: the suite takes a third less time with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# pytest-xdist tells its workers the size of a terminal; what tests print goes to none.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.pop("COLUMNS", None)
+    os.environ.pop("LINES", None)
 
 import pytest
 import torch
