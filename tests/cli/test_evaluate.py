@@ -176,7 +176,7 @@ def test_interrupted_and_resumed(carsam_cli, nano_folder, data, float_json, monk
     result = carsam_cli("evaluate", nano_folder, *data, "--json", "-")
     assert "3 of 4 images are kept from an interrupted evaluation" in result.stderr
     assert {**json.loads(result.stdout), "seconds": 0} == {**json.loads(float_json.read_text()), "seconds": 0}
-    assert not list(cache_folder.rglob("*.jsonl"))
+    assert not list((cache_folder / "evaluations").rglob("*.jsonl"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
