@@ -90,9 +90,13 @@ class Method:
 
     def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
         """Softmax with quantized output for an attention."""
-        if self.softmax == UniformSoftmax.grid:
+        return self.softmax_of(self.softmax, bits)
+
+    def softmax_of(self, grid: str, bits: int) -> SoftmaxQuantizer:
+        """Softmax with quantized output on the grid of this name; the uniform one's step as ``softmax_range`` says."""
+        if grid == UniformSoftmax.grid:
             return UniformSoftmax(bits, range_by=self.softmax_range)
-        return softmax_grids()[self.softmax](bits)
+        return softmax_grids()[grid](bits)
 
     def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
         """Changes the float model in place before it is quantized; returns reports, plain mappings."""

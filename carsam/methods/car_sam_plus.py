@@ -153,7 +153,7 @@ class CarSamPlus(CarSam):
             plan,
             foldings=settings.foldings,
             grids=self.grids,
-            softmax=self._softmax,
+            softmax=lambda grid, _site, bits: self.softmax_of(grid, bits),
             observer=self.activation_observer,
             observers=settings.observers,
             images=settings.images,
@@ -172,13 +172,8 @@ class CarSamPlus(CarSam):
                 logger.warning("%s It is left out.", report["refused"])
         return Choices(choices.softmax, ranges, reports)
 
-    def _softmax(self, grid: str, _site: str, bits: int) -> SoftmaxQuantizer:
-        if grid == UniformSoftmax.grid:
-            return UniformSoftmax(bits, range_by=self.softmax_range)
-        return softmax_grids()[grid](bits)
-
     def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
-        return self._softmax(self.grids[0], site, bits)
+        return self.softmax_of(self.grids[0], bits)
 
     def reconstruction_for(self, unit: Unit) -> ReconstructionSettings | None:
         return self.reconstruction if self.learn else None
