@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from carsam.config import QuantizeConfig
 from carsam.data.images.normalisation import Normalisation, normalisation_of, set_normalisation
 from carsam.errors import CheckpointError
 from carsam.methods.base import Method
+from carsam.models.forward import encode_image
 from carsam.models.load import load_model
 from carsam.models.prepare import MakeQuantizer, MakeSoftmax, prepare_model
 from carsam.models.sites import Sites
@@ -180,8 +182,10 @@ def to_integers(
             if context.progress is not None:
                 context.progress(0, 1, "calibration", done, total)
 
+        # The float encoder's embeddings may be kept from an earlier run.
+        encode = functools.partial(encode_image, reference) if run.config.decoder_only else None
         with stages("ranges", total), hooks.work("ranges"):
-            calibrate(model, data, method.activation_observer, progress=advance)
+            calibrate(model, data, method.activation_observer, encode=encode, progress=advance)
             for layer in quantized_layers([model]):
                 layer.freeze()
     report.transforms = transforms + choices.reports
