@@ -13,11 +13,12 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from carsam.data.video.frames import Video
-from carsam.data.video.masks import palette, read_mask, write_mask
+from carsam.data.video.masks import VOID, palette, read_mask, write_mask
 from carsam.errors import CarsamError, DataError
 from carsam.output.files import whole_file
+from carsam.predict.inputs import Photo
 from carsam.predict.outputs import write_picture
-from carsam.predict.prompts import Prompt
+from carsam.predict.prompts import Prompt, check
 from carsam.predict.video import SamVideoPredictor
 
 # How strongly an object's colour covers the frame.
@@ -57,6 +58,8 @@ class Following:
         """
         if os.path.realpath(self.folder) == os.path.realpath(self.video.folder):
             raise CarsamError(f"{self.folder} holds the frames; choose another folder for the masks with --out.")
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise CarsamError(f"{self.folder} is a link to a folder that is not there; create it, or remove the link.")
         there = [path for name in self.video.names for path in self._paths(name) if path.exists()]
         if there and not self.overwrite:
             raise CarsamError(
@@ -70,26 +73,18 @@ class Following:
         """The objects, checked against the first frame.
 
         Raises:
-            DataError: The mask is empty or has another size; a box or point lies outside the frame.
+            DataError: The mask is empty or has another size; a box or point lies outside the frame, or is on 0..1; or
+                there are more objects than a mask has numbers for.
         """
-        height, width = self.video.size
         if mask is not None:
             numbers = read_mask(mask, self.video.size)
             found = [Shown(int(number), mask=numbers == number) for number in np.unique(numbers) if number]
             if not found:
                 raise DataError(f"the mask {mask} is empty: there is nothing to follow.")
             return found
-        for prompt in prompts:
-            for x, y, *_ in prompt.points:
-                if not (0 <= x < width and 0 <= y < height):
-                    raise DataError(f"the point {x:g},{y:g} lies outside the frames of {width} × {height} pixels.")
-            if prompt.box is not None:
-                x1, y1, x2, y2 = prompt.box
-                if not (x1 < x2 and y1 < y2 and x1 < width and y1 < height and x2 > 0 and y2 > 0):
-                    raise DataError(
-                        f"the box {','.join(f'{v:g}' for v in prompt.box)} is no box within {width} × {height} pixels; "
-                        "write it as x1,y1,x2,y2."
-                    )
+        if len(prompts) >= VOID:
+            raise DataError(f"masks hold the numbers of {VOID - 1} objects at most, not of {len(prompts)}.")
+        prompts = check(prompts, Photo(self.video.paths[0], size=self.video.size))
         return [Shown(number, prompt=prompt) for number, prompt in enumerate(prompts, start=1)]
 
     def run(

@@ -173,13 +173,22 @@ def test_predict_from_a_mask(carsam_cli, model, davis, tmp_path):
     assert region_similarity(read_mask(tmp_path / "out" / "00000.png") > 0, numbers(0) > 0) > 0.7
 
 
+def test_a_link_that_leads_nowhere_is_refused_before_anything_runs(carsam_cli, davis, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    command = ["predict", "no-model", "--video", davis / "JPEGImages" / "a", "--box", "4,5,24,25"]
+    result = carsam_cli(*command, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "is a link to a folder that is not there" in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--video", "{a}"], "show the objects on the first frame"),
         (["--video", "{a}", "--box", "1,1,5,5", "--mask", "m.png"], "show the objects on the first frame"),
-        (["--video", "{a}", "--box", "100,1,105,5"], "no box within 64 × 48"),
-        (["--video", "{a}", "--point", "64,1"], "lies outside the frames"),
+        (["--video", "{a}", "--box", "100,1,105,5"], "has no area inside the image"),
+        (["--video", "{a}", "--point", "65,1"], "lies outside the image"),
+        (["--video", "{a}", "--box", "0.1,0.2,0.4,0.6"], "is on 0..1, but prompts are in pixels"),
+        (["--video", "{a}", *("--box", "1,1,5,5") * 255], "the numbers of 254 objects at most, not of 255"),
         (["--video", "{a}", "--box", "1,1,5,5", "--out", "{a}"], "holds the frames"),
         (["--video", "{a}", "--everything"], "leave out --everything"),
         (["--video", "{a}", "--box", "1,1,5,5", "--format", "coco"], "writes png and overlay, not coco"),
