@@ -100,11 +100,19 @@ class SamVideoPredictor:
         """The model's device."""
         return self.model.device
 
-    def init_state(self, video_path: str | Path | Video | Sequence[np.ndarray]) -> VideoState:
+    def init_state(
+        self,
+        video_path: str | Path | Video | Sequence[np.ndarray],
+        offload_video_to_cpu: bool = False,
+        offload_state_to_cpu: bool = False,
+        async_loading_frames: bool = False,
+    ) -> VideoState:
         """Begins with a video.
 
         Args:
             video_path: A folder of frames, an opened video, or a sequence of ``(H, W, 3)`` uint8 arrays.
+            offload_video_to_cpu, offload_state_to_cpu, async_loading_frames: What sam2's callers pass where a long
+                video does not fit in memory. Nothing follows: no more than one frame and a bounded memory are kept.
 
         Raises:
             DataError: The folder's frames do not fit together; see :func:`carsam.data.video.frames.open_video`.
@@ -124,6 +132,7 @@ class SamVideoPredictor:
         points: np.ndarray | Tensor | None = None,
         labels: np.ndarray | Tensor | None = None,
         clear_old_points: bool = True,
+        normalize_coords: bool = True,
         box: np.ndarray | Tensor | None = None,
     ) -> tuple[int, list[Any], Tensor]:
         """Prompts an object with points, a box, or both on a frame.
@@ -135,6 +144,8 @@ class SamVideoPredictor:
             points: ``(N, 2)`` as (x, y) in pixels of the video.
             labels: ``(N,)``: 1 inside the object, 0 outside.
             clear_old_points: Replace earlier points of this object on this frame instead of adding to them.
+            normalize_coords: Points and box are in pixels, as above; False for shares of width and height (0..1), as in
+                sam2.
             box: ``(4,)`` XYXY in pixels of the video; with ``clear_old_points``, or where nothing was given before.
 
         Returns:
@@ -163,6 +174,9 @@ class SamVideoPredictor:
             if key in state.points and not clear_old_points:
                 raise ValueError("a box must come before points on the same frame: give both at once, or start anew.")
             coords, codes = np.concatenate([corners.reshape(2, 2), coords]), np.concatenate([[2, 3], codes])
+        if not normalize_coords:
+            height, width = state.geometry.original_size
+            coords = coords * [width, height]
         given = (
             torch.as_tensor(state.geometry.points_to_input(coords), dtype=torch.float32),
             torch.as_tensor(codes, dtype=torch.int32),

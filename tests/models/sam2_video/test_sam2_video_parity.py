@@ -1,5 +1,7 @@
 """Objects followed as Meta's ``SAM2VideoPredictor`` follows them, on weights that the ``sam2`` package drew."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +78,16 @@ def test_masks_over_a_video(both, clip, kind, seen):
     for mine, other in zip(got, want):
         torch.testing.assert_close(mine, other, atol=1e-3 if kind == "mask" else 1e-5, rtol=0)
     assert (want[2] - want[3]).abs().max() > 1e-2 or not seen  # the clip moves, and so does the answer
+
+
+@pytest.mark.parametrize(
+    "name", ["init_state", "add_new_points_or_box", "add_new_mask", "propagate_in_video", "reset_state"]
+)
+def test_methods_take_what_metas_take(name):
+    """The same arguments in the same order, with the same defaults: code written for sam2 runs as it is."""
+    meta = sam2_module("sam2.sam2_video_predictor").SAM2VideoPredictor
+    want, got = (
+        [(each.name, each.default) for each in inspect.signature(getattr(owner, name)).parameters.values()]
+        for owner in (meta, SamVideoPredictor)
+    )
+    assert got == want
