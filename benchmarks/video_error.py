@@ -8,12 +8,18 @@ stage's output are relative squared errors, Σ (quantized − float)² / Σ (flo
 where they come from: with the memory that the packed model wrote itself; with maps and pointers of the float model put
 in its place after every frame; and with either of them. What a run with the float memory loses is made on the frame;
 what the others lose more comes back from the memory.
+
+Beside the stages: what a frame leaves in memory (maps and object pointers, their error and their largest value), the
+inputs of memory attention's MatMuls (the relative error of their codes, the share of values that the grid clips, and
+what the codes of a softmax output's row sum to; queries and keys are quantized after they are rotated), and the object
+score.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +32,13 @@ from carsam.data.video.dataset import find_videos
 from carsam.evaluate.video import show_objects
 from carsam.evaluate.video_measures import region_similarity
 from carsam.models.family import find_sites
+from carsam.models.sites import OPERANDS, AttentionSite
 from carsam.models.tracking import MAPS, POINTERS
 from carsam.pack.checkpoint import open_model
 from carsam.predict.video import SamVideoPredictor
+from carsam.quantizers import SiteQuantizer, SoftmaxQuantizer
 
+OPERAND_TITLES = dict(zip(OPERANDS, ("Q", "K", "V", "P")))
 RUNS = {
     "its own memory": (),
     "float maps": (MAPS,),
@@ -53,11 +62,12 @@ def main() -> None:
     data = find_videos(arguments.videos)
     ages = _ages(arguments.frames)
     title = sites.family.names.short
+    rotated = [site for site in sites.attentions if site.rotary]
     options.head("model", "memory", "what", *(f"frames {a} to {b - 1}" for a, b in ages))
     for path in arguments.packed:
         quantized = SamVideoPredictor(open_model(path))
         for run in arguments.runs:
-            errors = Errors(watched)
+            errors = Errors(watched, rotated)
             for name in data.names[: arguments.limit]:
                 errors.follow(floating, quantized, data.open(name, arguments.frames), RUNS[run])
             for what, shown in errors.rows(ages, title):
@@ -78,10 +88,11 @@ class Errors:
 
     Args:
         stages: Module paths whose outputs are compared.
+        attentions: Whose MatMuls' inputs are looked at; those of one kind together, over the layers.
     """
 
-    def __init__(self, stages: list[str]):
-        self.stages = stages
+    def __init__(self, stages: list[str], attentions: list[AttentionSite]):
+        self.stages, self.attentions = stages, attentions
         self.sums: dict[tuple[str, int], np.ndarray] = {}
         self.values: dict[tuple[str, int], list[float]] = {}
 
@@ -98,8 +109,16 @@ class Errors:
         for frame in range(1, len(video.video)):
             with _outputs(floating.model, self.stages) as want:
                 exact = theirs.step(frame)
-            with _outputs(quantized.model, self.stages) as got:
+            with _outputs(quantized.model, self.stages) as got, self._codes(quantized.model, frame):
                 found = ours.step(frame)
+            for number in found:
+                written, meant = (tracker.remembered(number, frame) for tracker in (ours, theirs))
+                for kind in written:
+                    self._add(f"written {kind}", frame, written[kind], meant[kind])
+                    self._note(f"written {kind}, largest value", frame, written[kind].abs().max().item())
+                    self._note(
+                        f"written {kind}, largest value of the float model", frame, meant[kind].abs().max().item()
+                    )
             ours.adopt(theirs, frame, adopted)
             for stage in self.stages:
                 for a, b in zip(got[stage], want[stage]):
@@ -107,6 +126,8 @@ class Errors:
             for number, tracked in found.items():
                 self._add("mask logits", frame, tracked.logits.clamp(-20, 20), exact[number].logits.clamp(-20, 20))
                 self._note("object score, difference", frame, tracked.score - exact[number].score)
+                other = (tracked.score > 0) != (exact[number].score > 0)
+                self._note("object score on the other side of 0, %", frame, 100.0 * other)
             masks = quantized.masks(states[1], found), floating.masks(states[0], exact)
             truth = video.masks(frame)
             for index, followed in enumerate(video.objects):
@@ -114,6 +135,30 @@ class Errors:
                 self._note("J of the float model", frame, 100 * region_similarity(float_mask, truth[followed.number]))
                 self._note("J", frame, 100 * region_similarity(ours_mask, truth[followed.number]))
                 self._note("overlap with the float mask", frame, 100 * region_similarity(ours_mask, float_mask))
+
+    @contextmanager
+    def _codes(self, model: nn.Module, frame: int) -> Iterator[None]:
+        """While a block runs: how far the inputs of MatMuls are from their codes, and how many of them are clipped."""
+        handles = []
+        for site in self.attentions:
+            matmul = model.get_submodule(site.name).matmul
+            for which in OPERANDS:
+                name = f"{site.name.rpartition('.')[2]}, {OPERAND_TITLES[which]}"
+                handles.append(getattr(matmul, which).register_forward_hook(partial(self._code, name, frame)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _code(self, name: str, frame: int, quantizer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        exact = inputs[0].softmax(-1) if isinstance(quantizer, SoftmaxQuantizer) else inputs[0]
+        self._add(f"{name}: error of its codes", frame, output, exact)
+        if isinstance(quantizer, SoftmaxQuantizer):
+            self._note(f"{name}: sum of a row, %", frame, 100 * output.sum(-1).mean().item())
+        elif isinstance(quantizer, SiteQuantizer):
+            values, low, high = quantizer.position(exact, quantizer.scale)
+            self._note(f"{name}: clipped, %", frame, 100 * ((values < low) | (values > high)).float().mean().item())
 
     def _add(self, what: str, frame: int, got: Tensor, want: Tensor) -> None:
         error = (got.float() - want.float()).square().sum().item()

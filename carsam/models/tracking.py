@@ -99,5 +99,17 @@ class Tracker(ABC):
         """
 
     @abstractmethod
+    def remembered(self, number: int, frame: int) -> dict[str, Tensor]:
+        """What one object left in memory on a frame; for whoever measures errors.
+
+        Args:
+            number: The object's.
+            frame: Index of the frame; one that the memory has not dropped yet.
+
+        Returns:
+            A tensor for each of :data:`MEMORIES`.
+        """
+
+    @abstractmethod
     def kept(self) -> int:
         """Elements of all tensors that are kept for later frames."""

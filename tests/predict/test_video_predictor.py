@@ -126,6 +126,16 @@ def test_points_are_replaced_or_added_to(predictor, clip):
     assert torch.equal(both, again) and not torch.equal(both, first)
 
 
+def test_shares_of_the_size_are_pixels_without_normalising(predictor, clip):
+    height, width = SIZE
+    found = []
+    for flag, scale in ((True, (1, 1)), (False, (width, height))):
+        state = predictor.init_state(clip, offload_video_to_cpu=True)
+        points, box = np.array([[60.0, 40.0]]) / scale, np.array(BOX, float) / (scale * 2)
+        found.append(predictor.add_new_points_or_box(state, 0, 1, points, [1], normalize_coords=flag, box=box)[2])
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)  # a coordinate may differ in its last digit
+
+
 def test_memory_can_be_taken_over(predictor, clip, mask):
     """Prompted otherwise, but with the other's memory in its place, a tracker finds what the other one finds."""
     theirs, _ = prompted(predictor, clip, "mask", mask)
@@ -133,6 +143,8 @@ def test_memory_can_be_taken_over(predictor, clip, mask):
     partly, _ = prompted(predictor, clip, "mask", np.roll(mask, 20, 1))
     ours.tracker.adopt(theirs.tracker, 0)
     partly.tracker.adopt(theirs.tracker, 0, ["pointers"])
+    wanted, taken = (state.tracker.remembered(0, 0) for state in (theirs, partly))
+    assert torch.equal(wanted["pointers"], taken["pointers"]) and not torch.equal(wanted["maps"], taken["maps"])
     found = [state.tracker.step(1)[0].logits for state in (theirs, ours, partly)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 

@@ -95,6 +95,11 @@ class Sam2Tracker(Tracker):
                 mine = _outputs(session, kind).get(frame, {})
                 mine.update({name: theirs[name] for each in what for name in _KINDS[each] if name in theirs})
 
+    def remembered(self, number: int, frame: int) -> dict[str, Tensor]:
+        session = self._sessions[number]
+        output = {**_outputs(session, _TRACKED), **_outputs(session, _PROMPTED)}[frame]
+        return {kind: output[names[0]] for kind, names in _KINDS.items()}
+
     def kept(self) -> int:
         features = self._cache._vision_features.values()
         tensors = [tensor for entry in features for tensors in entry.values() for tensor in tensors]
