@@ -17,6 +17,10 @@ which is (1)'s where X̄ = X, for then M − B = − EᵀK̂. Where the other br
 what it should be multiplied with: what is left is met by Q̂_i, the operand quantized, in the place of X_i W,
 
     R = Σ_i (C_i W M_i − X_iᵀQ̂_i B_i)                                                                            (3)
+
+Where tokens are turned by their positions between projection and MatMul (RoPE), token t has R_t B_i R_tᵀ for B_i, and
+M_i and E_iᵀK̂_i likewise. Their means over the tokens stand for them: positions are pooled, as if the inputs had the
+same second moments at all of them. Solved token by token, a sum over 256 positions would stand for each G_i D B_i.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import torch
 from torch import Tensor
 
 from carsam.errors import ConfigError
+from carsam.models.rotation import Rotation
 
 SOLVERS = ("pooled", "exact")
 
@@ -62,6 +67,7 @@ class ProductStatistics:
         center: bool = False,
         float_inputs: Tensor | None = None,
         own: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
         """Adds one batch of samples.
 
@@ -75,6 +81,8 @@ class ProductStatistics:
                 the other operand there. All batches or none.
             own: (samples, heads, tokens, d_head) the operand that the projection gives, quantized, where what is left
                 of its error counts; ``float_inputs`` must be given then. All batches or none.
+            rotation: How what the projection gives is turned before the product; ``reference`` and ``quantized`` are
+                turned already, ``own`` is turned back.
         """
         assert own is None or float_inputs is not None, "what is left needs the float inputs of its target"
         error = quantized - reference if float_inputs is None else reference
@@ -85,8 +93,11 @@ class ProductStatistics:
         transposed = inputs.transpose(-2, -1)
         self.groups.extend([self.groups[-1] + 1 if self.groups else 0] * len(inputs))
         self.gram.extend((transposed @ inputs).double())
-        self.other.extend((quantized.transpose(-2, -1) @ quantized).double())
-        self.cross.extend((error.transpose(-2, -1) @ quantized).double())
+        other, cross = (each.transpose(-2, -1) @ quantized for each in (quantized, error))
+        if rotation is not None:
+            other, cross = rotation.mean(other), rotation.mean(cross)
+        self.other.extend(other.double())
+        self.cross.extend(cross.double())
         if float_inputs is not None:
             self.float_gram.extend((transposed @ float_inputs).double())
         if own is not None:

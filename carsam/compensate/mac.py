@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from carsam.compensate.closed_form import (
     compensate_value,
 )
 from carsam.errors import ConfigError
+from carsam.models.family import family_of
+from carsam.models.rotation import Rotation
 from carsam.models.sites import AttentionSite
 from carsam.quantizers import QuantizedLayer, simulate
 
@@ -105,6 +108,8 @@ class Coupled:
         layers: The projections by ``query``, ``key``, ``value``.
         heads: Number of heads.
         scaling: Factor of the scores.
+        rotations: Tells from the arguments of a call how queries and keys are turned before their product; None where
+            they are not.
     """
 
     name: str
@@ -112,6 +117,7 @@ class Coupled:
     layers: dict[str, nn.Module]
     heads: int
     scaling: float
+    rotations: Callable[[Mapping[str, Any]], tuple[Rotation, Rotation]] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, site: AttentionSite) -> Coupled:
@@ -119,7 +125,15 @@ class Coupled:
         assert site.coupled, f"{site.name} reads one tensor"
         module = model.get_submodule(site.name)
         layers = {which: model.get_submodule(getattr(site, which).layer) for which in OPERANDS}
-        return cls(site.name, module, layers, module.num_attention_heads, module.scaling)
+        rotations = family_of(model).rotations if site.rotary else None
+        return cls(site.name, module, layers, module.num_attention_heads, module.scaling, rotations)
+
+    def turned(self, query: Tensor, key: Tensor, call: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Projected queries and keys, (n, heads, tokens, d_head) each, as their product reads them."""
+        if self.rotations is None:
+            return query, key
+        queries, keys = self.rotations(call)
+        return queries.turn(query), keys.turn(key)
 
     def matrices(self) -> list[Tensor]:
         """Query, key and value projection per head, (heads, d_in + 1, d_head) each; copies."""
@@ -168,26 +182,27 @@ def add_to_projection(layer: QuantizedLayer, change: Tensor) -> float:
     return (change.norm() / size).item()
 
 
-def _operands(attention: Coupled, call: dict[str, Tensor], reference: list[Tensor] | None = None) -> _Operands:
+def _operands(attention: Coupled, call: Mapping[str, Any], reference: list[Tensor] | None = None) -> _Operands:
     """MatMul inputs as the simulation has them; with ``reference`` projections (W per head), in floating point."""
     heads = attention.heads
     if reference is not None:
         inputs = (call["query"], call["key"], call["value"])
         q, k, v = (with_ones(x)[:, None] @ w for x, w in zip(inputs, reference))
+        q, k = attention.turned(q, k, call)
         scores = q @ k.transpose(-2, -1) * attention.scaling
         return _Operands(q, k, v, scores, torch.softmax(scores, -1))
     matmul = attention.module.matmul
-    q, k, v = (
-        getattr(matmul, which)(split_heads(layer(call[which]), heads)) for which, layer in attention.layers.items()
-    )
+    q, k, v = (split_heads(layer(call[which]), heads) for which, layer in attention.layers.items())
+    q, k = attention.turned(q, k, call)
+    q, k, v = matmul.query(q), matmul.key(k), matmul.value(v)
     scores = q @ k.transpose(-2, -1) * attention.scaling
     return _Operands(q, k, v, scores, matmul.probs(scores))
 
 
 def attention_calls(
     attention: Coupled, runs: Iterable[Callable[[], object]], *, quantized: bool = True
-) -> Iterator[dict[str, Tensor]]:
-    """Inputs of the attention for every calibration item.
+) -> Iterator[dict[str, Any]]:
+    """Arguments of the attention for every calibration item.
 
     Args:
         attention: The attention.
@@ -197,7 +212,8 @@ def attention_calls(
     for run in runs:
         with torch.no_grad(), simulate(weights=quantized, activations=quantized, drop=0.0):
             _, call = capture_call(attention.module, run)
-        yield {name: call[name] for name in OPERANDS}
+        # Positions, where there are some, are among the others.
+        yield call if attention.rotations else {name: call[name] for name in OPERANDS}
 
 
 class _Errors:
@@ -221,7 +237,7 @@ class _Errors:
 
 
 def attention_errors(
-    attention: Coupled, calls: Iterable[dict[str, Tensor]], reference: list[Tensor]
+    attention: Coupled, calls: Iterable[dict[str, Any]], reference: list[Tensor]
 ) -> tuple[float, float]:
     """Relative squared errors of an attention's scores and output against float projections.
 
@@ -249,8 +265,8 @@ class _Item:
         quantized: From ``inputs``, everything quantized.
     """
 
-    inputs: dict[str, Tensor]
-    floating: dict[str, Tensor]
+    inputs: dict[str, Any]
+    floating: dict[str, Any]
     exact: _Operands
     quantized: _Operands
 
@@ -263,7 +279,7 @@ def compensate_attention(
     *,
     weight_observer: str = "mse",
     activation_observer: str = "mse",
-    floating: list[dict[str, Tensor]] | None = None,
+    floating: list[dict[str, Any]] | None = None,
 ) -> MacReport:
     """Compensates the query, key and value projections of one attention (METHOD.md, 7).
 
@@ -292,8 +308,8 @@ class _Compensation:
     def __init__(
         self,
         attention: Coupled,
-        calls: list[dict[str, Tensor]],
-        floating: list[dict[str, Tensor]] | None,
+        calls: list[dict[str, Any]],
+        floating: list[dict[str, Any]] | None,
         settings: MacSettings,
         weight_observer: str,
         activation_observer: str,
@@ -349,20 +365,33 @@ class _Compensation:
             for which in branches:
                 other = "key" if which == "query" else "query"
                 inputs, floating = (self._projected(each[which], which) for each in (item.inputs, item.floating))
+                rotation = self._rotation(item, which)
+                own = getattr(item.quantized, which) if after_other else None
                 statistics[which].update(
                     inputs,
                     getattr(item.exact, other),
                     getattr(item.quantized, other),
                     center=self.settings.center_keys and which == "query",
                     float_inputs=floating if self.float_targets or after_other else None,
-                    own=getattr(item.quantized, which) if after_other else None,
+                    own=own if own is None or rotation is None else rotation.turn_back(own),
+                    rotation=rotation,
                 )
         return {which: self._product_change(which, each) for which, each in statistics.items()}
 
+    def _rotation(self, item: _Item, which: str) -> Rotation | None:
+        """How the operand of a branch is turned; on both sides of the target, for frames of one size."""
+        if self.attention.rotations is None:
+            return None
+        queries, keys = self.attention.rotations(item.inputs)
+        return queries if which == "query" else keys
+
     def _projected(self, inputs: Tensor, which: str) -> Tensor:
-        """Inputs of a projection with the column of ones; of the key's, what softmax ignores is taken out."""
+        """Inputs of a projection with the column of ones; of the key's, what softmax ignores is taken out.
+
+        Keys that are turned keep it: what they share before is not what they share afterwards.
+        """
         inputs = with_ones(inputs)
-        if which == "key" and self.settings.center_keys:
+        if which == "key" and self.settings.center_keys and self.attention.rotations is None:
             inputs = inputs - inputs.mean(-2, keepdim=True)
         return inputs
 

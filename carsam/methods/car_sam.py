@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from carsam.compensate.mac import Coupled, MacReport, MacSettings, attention_calls, compensate_attention
 from carsam.methods.qdrop import QDrop
-from carsam.models.sites import Sites
+from carsam.models.sites import AttentionSite, Sites
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.units import Unit, check_granularity, decoder_units, encoder_units, run_unit
 
 
 @dataclass(frozen=True)
 class CarSam(QDrop):
-    """QDrop with MAC at each decoder attention and JCAR units in the decoder.
+    """QDrop with MAC at each attention of decoder and memory, and JCAR units in the decoder.
 
     Unlike in QDrop, softmax outputs are always quantized while reconstructing; ``reconstruction.drop_probs`` restores
     what the paper's base method does. docs/RESULTS.md has both.
@@ -50,14 +50,14 @@ class CarSam(QDrop):
         sites: Sites,
         device: torch.device,
     ) -> list[MacReport]:
-        """MAC at each attention of a decoder unit, in execution order, each after the one before it."""
-        if not self.mac.enabled or not sites.in_decoder(unit.stage):
+        """MAC at each coupled attention of a unit, in execution order, each after the one before it."""
+        coupled = _coupled(sites, unit)
+        if not self.mac.enabled or not coupled:
             return []
         runs = [
             lambda index=index: run_unit(model, unit, data.quantized.get(index, device))
             for index in range(len(data.quantized))
         ]
-        coupled = [site for site in sites.attentions if site.coupled and unit.holds(site.name)]
         attentions = [Coupled.of(model, site) for site in coupled]
         floating: dict[str, list[dict[str, Tensor]]] = {}
         if self.mac.targets == "float":
@@ -84,7 +84,12 @@ class CarSam(QDrop):
 
     def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
         settings = super().unit_settings(unit, sites)
-        # MAC changes nothing in the encoder, so an encoder unit is the same with it and without, and as QDrop's.
-        if sites.in_decoder(unit.stage) and self.mac.enabled:
+        # Where nothing is compensated, as in the encoder, a unit is the same with MAC and without, and as QDrop's.
+        if self.mac.enabled and (sites.in_decoder(unit.stage) or _coupled(sites, unit)):
             settings["mac"] = asdict(self.mac)
         return settings
+
+
+def _coupled(sites: Sites, unit: Unit) -> list[AttentionSite]:
+    """Attentions of a unit with projections that MAC can change one by one: in the decoder, and in a video's memory."""
+    return [site for site in sites.attentions if site.coupled and unit.holds(site.name)]

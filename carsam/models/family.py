@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from carsam.errors import CheckpointError, ConfigError
 from carsam.models.names import Names
+from carsam.models.rotation import Rotation
 from carsam.models.sites import Sites
 from carsam.plugins import named_subclasses
 
@@ -332,6 +333,14 @@ class Family(ABC):
             f"{type(model).__name__} segments images and has no memory to follow objects with; videos need a model "
             "that has, such as SAM 2 (facebook/sam2.1-hiera-tiny)."
         )
+
+    def rotations(self, call: Mapping[str, Any]) -> tuple[Rotation, Rotation]:
+        """How queries and keys of an attention with ``rotary`` are turned between projection and MatMul.
+
+        Args:
+            call: Arguments of the attention.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no attention that turns queries and keys.")
 
     @abstractmethod
     def as_segment_anything(self, model: nn.Module) -> nn.Module:

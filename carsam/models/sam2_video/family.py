@@ -8,15 +8,17 @@ the bank of a real video holds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Sam2VideoModel
 
 from carsam.models.family import DECODER, ENCODED, ENCODER, Part, Tensors
+from carsam.models.rotation import Rotation
 from carsam.models.sam import decoder
 from carsam.models.sam2.family import Sam2
 from carsam.models.sam2_video import memory
@@ -96,6 +98,9 @@ class Sam2Video(Sam2):
             elif age >= model.config.num_maskmem:
                 self.follow(model, image, objects=1)
         super().forward(model, image)
+
+    def rotations(self, call: Mapping[str, Any]) -> tuple[Rotation, Rotation]:
+        return memory.rotations(call)
 
     def track(self, model: nn.Module, frames: Frames) -> Tracker:
         return Sam2Tracker(model, frames)

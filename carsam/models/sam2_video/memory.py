@@ -14,15 +14,16 @@ brings a mask prompt to the decoder. ``benchmarks/video_parts.py`` measures what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from carsam.calibrate.capture import capture_call
 from carsam.models.family import Part, Stage, Tensors
+from carsam.models.rotation import Rotation
 from carsam.models.sam2_video.clips import OBJECTS, calls_of
 from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION, AttentionSite, LayerSite, Projection
 from carsam.reconstruct.units import Unit
@@ -208,6 +209,19 @@ def _run_layer(path: str, model: nn.Module, inputs: Tensors) -> Tensors:
         num_k_exclude_rope=inputs["pointers"].shape[1],
     )
     return {"queries": queries}
+
+
+def rotations(call: Mapping[str, Any]) -> tuple[Rotation, Rotation]:
+    """How queries and keys of one of memory attention's attentions are turned.
+
+    Keys of several memories repeat the positions of one; object pointers, the last keys, are not turned.
+    """
+    cos, sin = (each.reshape(-1, each.shape[-1]) for each in call["position_embeddings"])
+    pointers = call.get("num_k_exclude_rope", 0)
+    maps = (call["key"].shape[-2] - pointers) // len(cos)
+    pads = cos.new_ones(pointers, cos.shape[1]), cos.new_zeros(pointers, cos.shape[1])
+    repeated = (torch.cat([each.repeat(maps, 1), pad]) for each, pad in zip((cos, sin), pads))
+    return Rotation(cos, sin), Rotation(*repeated)
 
 
 def _to_next_layer(_model: nn.Module, inputs: Tensors, outputs: Tensors) -> Tensors:
