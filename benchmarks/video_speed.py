@@ -1,12 +1,13 @@
 """Frames a second and peak memory of following one object, float beside simulated, on random weights of the real sizes.
 
     python benchmarks/video_speed.py                         # tiny, small, base-plus, large at 1024 px
-    python benchmarks/video_speed.py --sizes tiny --frames 4 --keep runs/video-speed
+    python benchmarks/video_speed.py --sizes tiny --image-size 256 --frames 493 --keep runs/video-speed
 
 A packed model computes in floating point on its integers (simulated). It is rounded to nearest with the ranges of one
 short clip, which decide no time. Every model runs in a process of its own, so that peaks are its own; quantizing it is
 another process, and with ``--keep`` happens once. Frames are timed once the memory holds as many maps as it ever reads
-(seven); they take as long from there on but for the few tokens of object pointers.
+(seven); they take as long from there on but for the few tokens of object pointers. What is kept for later frames are the
+numbers in all tensors of the memory bank after the last frame: with object pointers it is full after 32 frames.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from carsam.prompts.clips import PromptedClip
 from carsam.run.memory import peak_memory
 
 SIZES = "tiny,small,base-plus,large"
+# Maps that memory attention reads at most, in every published size.
+FILLING = 7
 
 
 def pack(size: str, side: int, bits: str, folder: Path) -> None:
@@ -40,25 +43,28 @@ def pack(size: str, side: int, bits: str, folder: Path) -> None:
     carsam.quantize(random_sam2(size, side, video=True), data, QuantizeConfig("rtn", settings, bits), out=folder)
 
 
-def measure(size: str, side: int, frames: int, threads: int, packed: Path | None, device: str) -> tuple[float, int]:
-    """Frames a second, and peak memory in bytes; of the float model without ``packed``."""
+def measure(
+    size: str, side: int, frames: int, threads: int, packed: Path | None, device: str
+) -> tuple[float, int, int]:
+    """Frames a second, peak memory in bytes, and numbers kept in memory; of the float model without ``packed``."""
     torch.set_num_threads(threads)
     model = random_sam2(size, side, video=True) if packed is None else carsam.load(packed)
     predictor = SamVideoPredictor(model.to(device).eval())
     generator = np.random.default_rng(0)
-    filling = model.config.num_maskmem
-    clip = [generator.integers(0, 255, (side, side, 3), dtype=np.uint8) for _ in range(filling + frames)]
+    assert model.config.num_maskmem == FILLING
+    clip = [generator.integers(0, 255, (side, side, 3), dtype=np.uint8) for _ in range(FILLING + frames)]
     state = predictor.init_state(clip)
     mask = np.zeros((side, side), bool)
     mask[side // 4 : side // 2, side // 4 : side // 2] = True
     predictor.add_new_mask(state, 0, 1, mask)
     started = time.perf_counter()
     for index, _ in enumerate(predictor.track(state)):
-        if index == filling - 1:
+        if index == FILLING - 1:
             started = time.perf_counter()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
-    return frames / (time.perf_counter() - started), peak_memory(torch.device(device))
+    seconds = time.perf_counter() - started
+    return frames / seconds, peak_memory(torch.device(device)), state.tracker.kept()
 
 
 def main() -> None:
@@ -70,7 +76,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep", type=Path, help="folder of packed models, which are used again")
     arguments = options.parse(parser)
-    options.head("model", "input", "weights and activations", "frames a second", "peak memory")
+    columns = ("frames", "frames a second", "peak memory", "kept for later frames")
+    options.head("model", "input", "weights and activations", *columns)
     context = multiprocessing.get_context("spawn")
     side, threads = arguments.image_size, torch.get_num_threads()
     with tempfile.TemporaryDirectory() as temporary:
@@ -82,8 +89,9 @@ def main() -> None:
             for title, folder in (("float", None), (f"simulated {arguments.bits.upper()}", packed)):
                 values = (size, side, arguments.frames, threads, folder, arguments.device)
                 with context.Pool(1) as pool:
-                    speed, memory = pool.apply(measure, values)
-                options.row(size, f"{side} px", title, f"{speed:.2f}", f"{memory / 2**30:.1f} GiB")
+                    speed, memory, kept = pool.apply(measure, values)
+                told = (f"{speed:.2f}", f"{memory / 2**30:.2f} GiB", f"{kept / 1e6:.2f} M")
+                options.row(size, f"{side} px", title, FILLING + arguments.frames, *told)
 
 
 if __name__ == "__main__":
