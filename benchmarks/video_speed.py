@@ -6,8 +6,8 @@
 A packed model computes in floating point on its integers (simulated). It is rounded to nearest with the ranges of one
 short clip, which decide no time. Every model runs in a process of its own, so that peaks are its own; quantizing it is
 another process, and with ``--keep`` happens once. Frames are timed once the memory holds as many maps as it ever reads
-(seven); they take as long from there on but for the few tokens of object pointers. What is kept for later frames are the
-numbers in all tensors of the memory bank after the last frame: with object pointers it is full after 32 frames.
+(seven); they take as long from there on but for the few tokens of object pointers. What is kept for later frames counts
+the numbers in all tensors of the memory bank after the last frame: with object pointers it is full after 32 frames.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from carsam.run.memory import peak_memory
 SIZES = "tiny,small,base-plus,large"
 # Maps that memory attention reads at most, in every published size.
 FILLING = 7
+Measured = tuple[float, int, int]
 
 
 def pack(size: str, side: int, bits: str, folder: Path) -> None:
@@ -43,9 +44,7 @@ def pack(size: str, side: int, bits: str, folder: Path) -> None:
     carsam.quantize(random_sam2(size, side, video=True), data, QuantizeConfig("rtn", settings, bits), out=folder)
 
 
-def measure(
-    size: str, side: int, frames: int, threads: int, packed: Path | None, device: str
-) -> tuple[float, int, int]:
+def measure(size: str, side: int, frames: int, threads: int, packed: Path | None, device: str) -> Measured:
     """Frames a second, peak memory in bytes, and numbers kept in memory; of the float model without ``packed``."""
     torch.set_num_threads(threads)
     model = random_sam2(size, side, video=True) if packed is None else carsam.load(packed)
