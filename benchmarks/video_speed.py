@@ -50,7 +50,6 @@ def measure(size: str, side: int, frames: int, threads: int, packed: Path | None
     model = random_sam2(size, side, video=True) if packed is None else carsam.load(packed)
     predictor = SamVideoPredictor(model.to(device).eval())
     generator = np.random.default_rng(0)
-    assert model.config.num_maskmem == FILLING
     clip = [generator.integers(0, 255, (side, side, 3), dtype=np.uint8) for _ in range(FILLING + frames)]
     state = predictor.init_state(clip)
     mask = np.zeros((side, side), bool)
