@@ -15,7 +15,7 @@ from torch import nn
 
 from carsam.errors import ConfigError
 from carsam.export.graph import Stretch
-from carsam.quantizers import ActivationQuantizer, GroupedQuantizer, HybridQuantizer
+from carsam.quantizers import ActivationQuantizer, ChannelQuantizer, GroupedQuantizer, HybridQuantizer
 from carsam.quantizers.affine import qmax
 
 # Codes of the log zone whose values fit a byte: 1, 2, 4, … 128.
@@ -162,13 +162,14 @@ def decoded(graph: Stretch, x: str, quantizer: nn.Module) -> str:
     bits = quantizer.bits
     if bits >= 16:
         return x
-    if isinstance(quantizer, (ActivationQuantizer, GroupedQuantizer)):
-        grouped = isinstance(quantizer, GroupedQuantizer)
+    if isinstance(quantizer, (ActivationQuantizer, GroupedQuantizer, ChannelQuantizer)):
+        axis = None
         scale, zero = quantizer.scale.numpy(), quantizer.zero_point.numpy()
-        if grouped:
-            group = quantizer.group.numpy().astype(np.int64)
+        if isinstance(quantizer, GroupedQuantizer):
+            axis, group = -1, quantizer.group.numpy().astype(np.int64)
             scale, zero = scale[group], zero[group]
-        axis = -1 if grouped else None
+        elif isinstance(quantizer, ChannelQuantizer):
+            axis = 1 if quantizer.maps else -1
         codes, _ = uniform_codes(graph, x, scale, zero, bits, axis=axis)
         names = graph.constant("scale", scale, np.float32), graph.constant("zero_point", zero, np.uint8)
         return graph.node("DequantizeLinear", codes, *names, **({} if axis is None else {"axis": axis}))

@@ -14,9 +14,9 @@ from carsam.compensate.mac import OFF, MacReport, MacSettings
 from carsam.compensate.refit import Passes, RefitReport, RefitSettings, refit_layers
 from carsam.errors import ConfigError
 from carsam.methods.car_sam import CarSam
-from carsam.models.sites import ResidualStream, Sites
+from carsam.models.sites import DEPTHWISE, ResidualStream, Sites
 from carsam.prompts.calibration import CalibrationSet
-from carsam.quantizers import SoftmaxQuantizer, UniformSoftmax, softmax_grids
+from carsam.quantizers import ChannelQuantizer, SiteQuantizer, SoftmaxQuantizer, UniformSoftmax, softmax_grids
 from carsam.quantizers.ranges import OBSERVERS
 from carsam.reconstruct.layerwise import execution_order
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
@@ -28,6 +28,9 @@ from carsam.transform.range_choice import choose_ranges
 from carsam.transform.rotation import keeping_ones, randomised_hadamard, rotate_residual
 
 logger = logging.getLogger(__name__)
+
+# Steps of a depthwise convolution's input: one for each channel, or one for all.
+PER_CHANNEL, PER_TENSOR = "channel", "tensor"
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class CarSamPlus(CarSam):
         refit: Of every layer to its quantized input, and rounding with feedback where nothing is learned.
         learn: Learn rounding and steps; False rounds with feedback instead.
         reconstruction: Settings of the optimiser loop.
+        depthwise: Steps of the inputs of depthwise convolutions: ``channel`` gives each channel its own, which costs
+            the integer arithmetic nothing there; ``tensor`` one to all.
         softmax: Another grid than ``uniform`` is taken for every attention; else ``equivalences.softmax`` are there to
             choose from.
         mac: Settings of MAC; off, since the refit answers the same errors and those from upstream as well.
@@ -100,6 +105,12 @@ class CarSamPlus(CarSam):
     equivalences: EquivalenceSettings = field(default_factory=EquivalenceSettings)
     refit: RefitSettings = field(default_factory=RefitSettings)
     learn: bool = True
+    depthwise: str = PER_CHANNEL
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.depthwise not in (PER_CHANNEL, PER_TENSOR):
+            raise ConfigError(f"unknown depthwise {self.depthwise!r}; choose from {PER_CHANNEL}, {PER_TENSOR}.")
 
     @property
     def grids(self) -> tuple[str, ...]:
@@ -110,10 +121,21 @@ class CarSamPlus(CarSam):
     def notes(self) -> str:
         """Grids of P that may be chosen and are not uniform."""
         noted = [note for name in self.grids if (note := softmax_grids()[name].note)]
-        if not noted:
-            return ""
-        every = len(noted) == len(self.grids)
-        return f"P in {' or '.join(noted if every else ('uniform codes', *noted))}"
+        notes = []
+        if noted:
+            every = len(noted) == len(self.grids)
+            notes.append(f"P in {' or '.join(noted if every else ('uniform codes', *noted))}")
+        if self.depthwise == PER_CHANNEL:
+            notes.append("inputs of depthwise convolutions, if any, per channel")
+        return "; ".join(notes)
+
+    def quantizer_for(self, site: str, bits: int, role: str) -> SiteQuantizer:
+        if self._per_channel(role):
+            return ChannelQuantizer(bits, maps=1)
+        return super().quantizer_for(site, bits, role)
+
+    def _per_channel(self, role: str) -> bool:
+        return role == DEPTHWISE and self.depthwise == PER_CHANNEL
 
     def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
         """The rotation of the encoder's stream: it needs neither ranges nor bits."""
@@ -164,7 +186,11 @@ class CarSamPlus(CarSam):
         if settings.observers:
             usual = self.activation_observer
             observers = (usual, *(each for each in settings.observers if each != usual))
-            found, noted = choose_ranges(model, sites, data, plan, observers=observers, images=settings.images)
+            # A channel of its own needs no choice: its range serves one filter.
+            alone = {site.name for site in sites.layers if self._per_channel(site.role)}
+            found, noted = choose_ranges(
+                model, sites, data, plan, observers=observers, leave=alone, images=settings.images
+            )
             ranges |= found
             reports += noted
         for report in reports:

@@ -23,7 +23,7 @@ class LayerSite:
     Attributes:
         name: Module path.
         role: What the layer does where a method cares: ``projection`` of an attention's query, key or value,
-            ``mlp_in`` and ``mlp_out`` of an MLP; empty otherwise.
+            ``mlp_in`` and ``mlp_out`` of an MLP, ``depthwise`` convolution; empty otherwise.
     """
 
     name: str
@@ -35,7 +35,7 @@ class LayerSite:
         return f"{self.name}.input"
 
 
-PROJECTION, MLP_IN, MLP_OUT = "projection", "mlp_in", "mlp_out"
+PROJECTION, MLP_IN, MLP_OUT, DEPTHWISE = "projection", "mlp_in", "mlp_out", "depthwise"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A new grid is one new module in this folder, or in any package that announces it
 :class:`SiteQuantizer` for activations, a :class:`SoftmaxQuantizer` for softmax outputs.
 """
 
+from carsam.quantizers.channel import ChannelQuantizer
 from carsam.quantizers.grouped import GroupedQuantizer
 from carsam.quantizers.hybrid import HybridQuantizer
 from carsam.quantizers.layers import QuantizedLayer
@@ -19,6 +20,7 @@ from carsam.quantizers.uniform import ActivationQuantizer
 
 __all__ = [
     "ActivationQuantizer",
+    "ChannelQuantizer",
     "GroupedQuantizer",
     "HybridQuantizer",
     "Log1pSoftmax",

@@ -5,7 +5,7 @@ The usual one weighs all values alike. A layer does not: values far out may be t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ def choose_ranges(
     plan: BitPlan,
     *,
     observers: Sequence[str],
+    leave: Container[str] = (),
     images: int = 9,
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Observers of layers' inputs where another one than the first serves better.
@@ -62,12 +63,17 @@ def choose_ranges(
         data: Calibration images; the first of them are used, every third judges.
         plan: Bits of the layers' inputs.
         observers: To choose from; the first is the usual one.
+        leave: Layers to leave alone: their inputs have no single range.
         images: Calibration images to use.
 
     Returns:
         Observers by activation site, and one report a layer that got another one.
     """
-    layers = {site.name: site.input for site in sites.layers if plan.activation_bits(site.input) < 16}
+    layers = {
+        site.name: site.input
+        for site in sites.layers
+        if site.name not in leave and plan.activation_bits(site.input) < 16
+    }
     seen = {name: _Seen() for name in layers}
     judged = min(images, len(data.images)) >= JUDGES
     for index, image in enumerate(data.images[:images]):

@@ -11,7 +11,7 @@ from carsam.export.layers import lower_layer
 from carsam.export.weights import unpacked
 from carsam.pack.bits import pack_codes
 from carsam.pack.layers import PackedLayer
-from carsam.quantizers import ActivationQuantizer, GroupedQuantizer, HybridQuantizer, SiteQuantizer
+from carsam.quantizers import ActivationQuantizer, ChannelQuantizer, GroupedQuantizer, HybridQuantizer, SiteQuantizer
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -120,6 +120,14 @@ def test_a_grouped_convolution_stays_in_floating_point_and_says_so(run_stretch):
     layer = packed(nn.Conv2d(6, 6, 3, padding=1, groups=6), 4, uniform(4))
     result, expected, facts = lowered(layer, torch.randn(1, 6, 9, 8, generator=GENERATOR), run_stretch)
     assert facts.integer_macs == 0 and "grouped convolutions" in facts.reason
+    assert torch.equal(result, expected)
+
+
+def test_a_depthwise_convolution_reads_a_step_for_each_channel(run_stretch):
+    grid = ChannelQuantizer(4, always=True, maps=1)
+    grid.set_grid(torch.exp2(torch.arange(6) - 3.0), torch.tensor([0, 3, 15, 1, 8, 2]))
+    layer = packed(nn.Conv2d(6, 6, 3, padding=1, groups=6), 4, grid)
+    result, expected, _ = lowered(layer, torch.randn(1, 6, 9, 8, generator=GENERATOR), run_stretch)
     assert torch.equal(result, expected)
 
 

@@ -102,12 +102,29 @@ def test_fast_learns_nothing_and_beats_rounding_to_nearest(name):
     assert {path: operands["probs"]["grid"] for path, operands in layout.items()} == chosen
 
 
+APART = "inputs of depthwise convolutions, if any, per channel"
+
+
 def test_a_grid_of_p_that_is_asked_for_is_not_chosen():
-    assert create("car-sam-plus").notes == "P in uniform codes or row-maximum codes or log2 codes"
+    assert create("car-sam-plus").notes == f"P in uniform codes or row-maximum codes or log2 codes; {APART}"
     asked = create("car-sam-plus", {"softmax": "log2"})
-    assert asked.grids == ("log2",) and asked.notes == "P in log2 codes"
+    assert asked.grids == ("log2",) and asked.notes == f"P in log2 codes; {APART}"
     assert asked.softmax_for("a.probs", 4).grid == "log2"
-    assert create("car-sam-plus", {"equivalences": {"softmax": ["uniform"]}}).notes == ""
+    assert create("car-sam-plus", {"depthwise": "tensor", "equivalences": {"softmax": ["uniform"]}}).notes == ""
+
+
+def test_inputs_of_depthwise_convolutions_alone_have_a_step_for_each_channel():
+    model, data = subject("tinyvit")
+    sites = find_sites(model)
+    quick = {**QUICK, "learn": False, "refit": {"enabled": False}, "equivalences": {"images": 2, "smoothing": []}}
+    for asked, grid in (("channel", "channel"), ("tensor", "uniform")):
+        result = carsam.quantize(model, data, QuantizeConfig("car-sam-plus", {**quick, "depthwise": asked}))
+        layers = result.model.config.quantization_config.layout["layers"]
+        for site in sites.layers:
+            alone = getattr(model.get_submodule(site.name), "groups", 1) > 1
+            assert layers[site.name]["input"]["grid"] == (grid if alone else "uniform")
+    with pytest.raises(ConfigError, match="unknown depthwise 'both'; choose from channel, tensor"):
+        create("car-sam-plus", {"depthwise": "both"})
 
 
 def test_presets_are_settings_of_the_method_and_other_flags_win():

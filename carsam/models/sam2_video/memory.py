@@ -25,7 +25,7 @@ from carsam.calibrate.capture import capture_call
 from carsam.models.family import Part, Stage, Tensors
 from carsam.models.rotation import Rotation
 from carsam.models.sam2_video.clips import OBJECTS, calls_of
-from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION, AttentionSite, LayerSite, Projection
+from carsam.models.sites import DEPTHWISE, MLP_IN, MLP_OUT, PROJECTION, AttentionSite, LayerSite, Projection
 from carsam.reconstruct.units import Unit
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def linear_layers(model: nn.Module) -> list[LayerSite]:
     found += [LayerSite(f"{ENCODER}.mask_downsampler.final_conv"), LayerSite(f"{ENCODER}.feature_projection")]
     for index in _count(encoder.memory_fuser):
         block = f"{ENCODER}.memory_fuser.layers.{index}"
-        found.append(LayerSite(f"{block}.depthwise_conv"))
+        found.append(LayerSite(f"{block}.depthwise_conv", DEPTHWISE))
         found += [LayerSite(f"{block}.pointwise_conv1", MLP_IN), LayerSite(f"{block}.pointwise_conv2", MLP_OUT)]
     for layer in layers(model):
         for name in (f"{layer}.self_attn", f"{layer}.cross_attn_image"):

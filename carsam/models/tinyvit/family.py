@@ -15,15 +15,21 @@ from carsam.models.family import Family, Tensors
 from carsam.models.sam.declared import too_large
 from carsam.models.sam.encoder import ENCODER, NECK, neck_layers
 from carsam.models.sam.family import Sam
-from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION, AttentionSite, LayerSite, Projection
+from carsam.models.sites import DEPTHWISE, MLP_IN, MLP_OUT, PROJECTION, AttentionSite, LayerSite, Projection
 from carsam.models.tinyvit.declared import check_declared
 from carsam.models.tinyvit.meta import ANCHOR, tinyvit_from_meta
 from carsam.models.tinyvit.modeling import TinyVitBlock, TinyVitSamModel, partition
 from carsam.models.tinyvit.names import TinyVitNames
 
 # Of a convolutional block and of a merge; of a block with attention, in execution order.
-CONVOLUTIONS = {"conv1": "", "conv2": "", "conv3": ""}
-BLOCK = {"attn.qkv": PROJECTION, "attn.proj": "", "local_conv": "", "mlp.lin1": MLP_IN, "mlp.lin2": MLP_OUT}
+CONVOLUTIONS = {"conv1": "", "conv2": DEPTHWISE, "conv3": ""}
+BLOCK = {
+    "attn.qkv": PROJECTION,
+    "attn.proj": "",
+    "local_conv": DEPTHWISE,
+    "mlp.lin1": MLP_IN,
+    "mlp.lin2": MLP_OUT,
+}
 
 
 class TinyVit(Sam):

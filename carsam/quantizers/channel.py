@@ -1,0 +1,102 @@
+"""One uniform grid for every channel of a depthwise convolution's input."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from carsam.quantizers.affine import decode, encode, qmax
+from carsam.quantizers.grouped import ChannelRecord, channel_grids
+from carsam.quantizers.site import SiteQuantizer
+
+
+class ChannelQuantizer(SiteQuantizer):
+    """Uniform quantizer with a step and a zero point for every channel.
+
+    A depthwise convolution computes each output channel from one input channel. So the step of that channel is a factor
+    of its output, as the step of its weights is: the integer arithmetic is that of one step per tensor. Elsewhere a sum
+    would run over channels of different steps.
+
+    Channels are the second dimension of maps (batch, channels, height, width) with ``maps``, the last otherwise.
+
+    Buffers: ``scale`` (channels,) float32, ``zero_point`` (channels,) uint8.
+
+    Args:
+        bits: Bits of a code.
+        always: Quantize regardless of the simulation.
+        channels: Channels of the site where known (a packed model); calibration finds them otherwise.
+        maps: 1 where the site holds maps, with channels before height and width.
+    """
+
+    grid = "channel"
+    note = "per channel"
+    arguments: ClassVar[dict[str, int]] = {"channels": 2**20, "maps": 1}
+    per_channel = True
+
+    def __init__(self, bits: int, *, always: bool = False, channels: int = 1, maps: int = 0):
+        super().__init__(bits, always=always)
+        self.maps = maps
+        if bits < 16:
+            self.register_buffer("scale", torch.full((channels,), float("nan")))
+            self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.uint8))
+
+    def spec(self) -> dict[str, Any]:
+        extra = {"channels": self.scale.numel(), "maps": self.maps} if self.bits < 16 else {}
+        return {**super().spec(), **extra}
+
+    def record(self) -> ChannelsRecord:
+        return ChannelsRecord(self.maps)
+
+    def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Sets steps and zero points, (channels,) each."""
+        self.load_grid({"scale": scale.float(), "zero_point": zero_point.to(torch.uint8)})
+
+    def _along(self, values: Tensor) -> Tensor:
+        """(channels,) as it broadcasts against the site's values."""
+        return values[:, None, None] if self.maps else values
+
+    def step_along(self, x: Tensor) -> Tensor:
+        return self._along(self.step())
+
+    def _zeros(self) -> Tensor:
+        return self._along(self.zero_point.float())
+
+    def round(self, x: Tensor, scale: Tensor) -> Tensor:
+        zeros = self._zeros()
+        return (x / scale).round_().add_(zeros).clamp_(0, qmax(self.bits)).sub_(zeros).mul_(scale)
+
+    def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float | Tensor, float | Tensor]:
+        return (x / scale).add_(self._zeros()), -0.5, qmax(self.bits) + 0.5
+
+    def scale_gradient(self, grad: Tensor, passed: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> Tensor:
+        if self.maps:
+            others = (0, 2, 3)
+            return ((grad * out).sum(others) - (passed * x).sum(others))[:, None, None] / scale
+        return super().scale_gradient(grad, passed, x, out, scale)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return encode(x, self.step_along(x), self._zeros(), self.bits).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return decode(codes.float(), self.step_along(codes), self._zeros())
+
+
+class ChannelsRecord(ChannelRecord):
+    """Ends and samples of every channel, and each channel's own grid."""
+
+    def __init__(self, maps: int):
+        super().__init__()
+        self._maps = maps
+
+    def update(self, values: Tensor, **context: Any) -> None:
+        """Takes the values of one forward pass, channels where the quantizer has them."""
+        super().update(values.permute(0, 2, 3, 1) if self._maps else values, **context)
+
+    def fit(self, quantizer: ChannelQuantizer, observer: str) -> None:
+        """Gives each channel the grid that the observer makes of its values."""
+        device = quantizer.scale.device
+        lows, highs = (torch.stack(ends).float().to(device) for ends in (self.lows, self.highs))
+        sample = torch.cat(self.samples).to(device)
+        quantizer.set_grid(*channel_grids(observer, lows, highs, sample, quantizer.bits))
