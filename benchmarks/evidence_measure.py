@@ -29,7 +29,7 @@ from carsam.diagnose.results import AttentionResult, plain
 from carsam.evaluate.average_precision import Prediction, average_precision
 from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.evaluate.points import evaluate_points
-from carsam.evaluate.scores import CocoResult
+from carsam.evaluate.scores import CocoResult, dice
 from carsam.methods.base import create
 from carsam.models.family import find_sites
 from carsam.models.load import load_model
@@ -155,11 +155,6 @@ class Bench:
                 ],
             }
             found["seconds"]["clicks"] = round(time.perf_counter() - began, 1)
-
-
-def dice(iou: float) -> float:
-    """DSC of a mask from its IoU, both in percent: 2I / (1 + I)."""
-    return 200 * iou / (100 + iou)
 
 
 def scores_of(result: CocoResult, sources: Mapping[str, str], precision: Mapping[str, float | None]) -> dict[str, Any]:

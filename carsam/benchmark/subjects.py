@@ -59,13 +59,14 @@ class Work:
         """The float model's halves as ONNX files."""
         return self._files("float", self.model)
 
-    def own_files(self, name: str) -> Path:
+    def own_files(self, name: str, *, loops: bool = True) -> Path:
         """A packed model's halves as ONNX files."""
-        return self._files(name.lower(), self.packed[name])
+        return self._files(name.lower(), self.packed[name], loops=loops)
 
-    def _files(self, name: str, model: PreTrainedModel) -> Path:
+    def _files(self, name: str, model: PreTrainedModel, *, loops: bool = True) -> Path:
         # A folder that is kept may hold the files of another model by the same name.
-        return write_halves(model, family_of(model), self.folder / f"{name}-{files_key(model)[:8]}")
+        key = files_key(model)[:8] + ("" if loops else "-no-loops")
+        return write_halves(model, family_of(model), self.folder / f"{name}-{key}", loops=loops)
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ def _own_openvino(work: Work, name: str) -> tuple[dict[str, Any], int]:
 
     from carsam.export.qdq import as_qdq
 
-    plain, out = work.own_files(name), work.folder / f"{name.lower()}-qdq"
+    plain = work.own_files(name, loops=False)
+    out = plain.with_name(f"{plain.name}-qdq")
     out.mkdir(exist_ok=True)
     for half in (ENCODER, DECODER):
         (out / half).write_bytes(as_qdq(onnx.load(str(plain / half))).SerializeToString())

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ACCURACY = "Accuracy"
+# Of a row, by the headings of the table.
+SCORES = {"segm_ap": "AP", "mean_iou": "mIoU", "dsc": "DSC"}
 
 
 def benchmark(
@@ -192,7 +194,7 @@ def _score(coco: Path, images: Path, limit: int | None) -> Score:
 
     def score(model: PreTrainedModel) -> dict[str, float]:
         result = evaluate_coco(model, coco, images, limit=limit)
-        return {"segm_ap": result.segm_ap, "mean_iou": result.mean_iou}
+        return {"segm_ap": result.segm_ap, "mean_iou": result.mean_iou, "dsc": result.dsc}
 
     return score
 
@@ -200,7 +202,7 @@ def _score(coco: Path, images: Path, limit: int | None) -> Score:
 def _table(model: str, rows: Sequence[Row]) -> Table:
     scored = any(row.scores for row in rows)
     table = Table("", title=model, title_justify="left")
-    for column in ("files", "memory", "encoder", "×", "a prompt", "×", *(("AP", "mIoU") if scored else ())):
+    for column in ("files", "memory", "encoder", "×", "a prompt", "×", *(SCORES.values() if scored else ())):
         table.add_column(column, justify="right")
     for row in rows:
         if not row.encoder_ms:
@@ -210,7 +212,7 @@ def _table(model: str, rows: Sequence[Row]) -> Table:
         cells += [f"{median(row.encoder_ms):.0f} ms", f"{row.speed:.2f}"]
         cells += [f"{median(row.decoder_ms):.1f} ms", f"{row.decoder_speed:.2f}"]
         if scored:
-            cells += [f"{row.scores[key]:.2f}" if key in row.scores else "" for key in ("segm_ap", "mean_iou")]
+            cells += [f"{row.scores[key]:.2f}" if key in row.scores else "" for key in SCORES]
         table.add_row(row.name, *cells)
     return table
 

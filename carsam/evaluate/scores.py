@@ -28,6 +28,11 @@ AP_NAMES = {
 }
 
 
+def dice(iou: float) -> float:
+    """DSC of a mask from its IoU, both in percent: 2I / (1 + I)."""
+    return 200 * iou / (100 + iou)
+
+
 @dataclass(frozen=True, slots=True)
 class ImageScore:
     """One image's result.
@@ -83,6 +88,12 @@ class CocoResult:
     box_ap_medium: float | None = None
     box_ap_large: float | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def dsc(self) -> float:
+        """Mean DSC over all prompts, in percent."""
+        found = [dice(iou) for score in self.per_image for iou in score.ious]
+        return sum(found) / len(found) if found else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mappings and lists, for JSON."""

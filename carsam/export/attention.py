@@ -7,7 +7,7 @@ logarithmic grids of P (log2, log1p) have no integer codes of 8 bits: P̂ is dec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from carsam.quantizers.affine import qmax
 
 # Scores of a part of an attention: 4 MB, which stay in a processor's cache between the operations on them.
 PART = 2**20
+# And where parts stand one after the other in the graph, for readers that know no loops: 64 MB, so that there are few.
+UNROLLED_PART = 2**24
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,30 @@ class Call:
         return len(self.shapes[0])
 
 
-def lower_attention(graph: Stretch, matmul: MatMulQuantizers, call: Call) -> Lowered:
-    """Appends the core of an attention, between the projections and the output's projection."""
+def lower_attention(graph: Stretch, matmul: MatMulQuantizers, call: Call, *, loops: bool = True) -> Lowered:
+    """Appends the core of an attention, between the projections and the output's projection.
+
+    Args:
+        graph: Where to; its name is the attention's.
+        matmul: Its quantizers.
+        call: As traced.
+        loops: Whether a large attention may run part by part in a loop; otherwise its parts, which are larger, stand
+            one after the other.
+
+    Returns:
+        How it came out.
+    """
     query, key, value = call.shapes
-    operands = Operands.encoded(graph, matmul, call)
     # A map of the image has a fixed size, so its attention can be cut.
-    parts = _parts(call) if call.relative else None
+    parts = _parts(call, PART if loops else UNROLLED_PART) if call.relative else None
     if parts is None:
-        relative = _placed(graph, call, [*query[:-1]])
-        _attend(graph, matmul, operands, call, relative, [*query[:-1]], call.output)
+        _attend_whole(graph, matmul, call)
+    elif loops:
+        _attend_in_parts(graph, matmul, Operands.encoded(graph, matmul, call), call, parts)
     else:
-        _attend_in_parts(graph, matmul, operands, call, parts)
+        _attend_unrolled(graph, matmul, call, parts)
     pairs = int(np.prod(query[:-1])) * key[-2]
-    first = pairs * query[-1] if operands.integer_scores else 0
+    first = pairs * query[-1] if fits([matmul.query, matmul.key]) else 0
     reason = "" if first else "Q or K has no integer codes"
     second = _not_integer(matmul)
     reason = f"{reason}; {second}" if reason and second else reason or second
@@ -158,6 +171,12 @@ def _placed(graph: Stretch, call: Call, lead: list[int]) -> tuple[str, ...]:
     )
 
 
+def _attend_whole(graph: Stretch, matmul: MatMulQuantizers, call: Call) -> None:
+    """Operands, and all queries at once."""
+    operands, lead = Operands.encoded(graph, matmul, call), [*call.shapes[0][:-1]]
+    _attend(graph, matmul, operands, call, _placed(graph, call, lead), lead, call.output)
+
+
 def _attend(
     graph: Stretch,
     matmul: MatMulQuantizers,
@@ -216,15 +235,15 @@ def _row_maximum(graph: Stretch, matmul: MatMulQuantizers, operands: Operands, s
     graph.node("Div", product, total, outputs=[out])
 
 
-def _parts(call: Call) -> tuple[int, int] | None:
-    """Heads and queries of a part whose scores stay in the cache; None where one part is all."""
+def _parts(call: Call, most: int) -> tuple[int, int] | None:
+    """Heads and queries of a part with at most so many scores; None where one part is all."""
     heads, queries, keys = call.shapes[0][0], call.shapes[0][-2], call.shapes[1][-2]
-    if heads * queries * keys <= PART:
+    if heads * queries * keys <= most:
         return None
-    if queries * keys <= PART:
-        several = max(n for n in range(1, heads + 1) if heads % n == 0 and n * queries * keys <= PART)
+    if queries * keys <= most:
+        several = max(n for n in range(1, heads + 1) if heads % n == 0 and n * queries * keys <= most)
         return several, queries
-    return 1, max([n for n in range(1, queries + 1) if queries % n == 0 and n * keys <= PART], default=1)
+    return 1, max([n for n in range(1, queries + 1) if queries % n == 0 and n * keys <= most], default=1)
 
 
 def _attend_in_parts(
@@ -276,6 +295,35 @@ def _attend_in_parts(
     found = graph.node("Scan", *(x for _, x, *_ in slices), body=loop, num_scan_inputs=len(slices))
     shape = graph.constant("together", [all_heads, all_queries, out_dim], np.int64)
     graph.node("Reshape", found, shape, outputs=[call.output])
+
+
+def _attend_unrolled(graph: Stretch, matmul: MatMulQuantizers, call: Call, parts: tuple[int, int]) -> None:
+    """The same, every part an attention of its own; values are cut before they become codes.
+
+    Readers of the QDQ form recognise a quantizer only where its codes are decoded right behind it.
+    """
+    (heads, queries), (query, key, value) = parts, call.shapes
+
+    def cut(x: str, axis: int, start: int, count: int) -> str:
+        ends = [graph.constant("end", [number], np.int64) for number in (start, start + count)]
+        return graph.node("Slice", x, *ends, graph.constant("axis", [axis], np.int64))
+
+    places = [graph.constant("place", [*query[:-1], side], np.int64) for side in call.sides]
+    biases = [graph.node("Reshape", x, place) for x, place in zip(call.relative, places)]
+    several: list[str] = []
+    for head in range(0, query[0], heads):
+        mine = [cut(x, 0, head, heads) for x in (call.query, call.key, call.value, *biases)]
+        results: list[str] = []
+        for start in range(0, query[-2], queries):
+            first, *relative = mine[0], *mine[3:]
+            if queries < query[-2]:
+                first, *relative = (cut(x, 1, start, queries) for x in (first, *relative))
+            results.append(f"{graph.name}/part.{head}.{start}")
+            shapes = (heads, queries, query[-1]), (heads, *key[1:]), (heads, *value[1:])
+            names = {"query": first, "key": mine[1], "value": mine[2], "relative": tuple(relative)}
+            _attend_whole(graph, matmul, replace(call, **names, output=results[-1], shapes=shapes))
+        several.append(graph.node("Concat", *results, axis=1) if len(results) > 1 else results[0])
+    graph.node("Concat", *several, axis=0, outputs=[call.output])
 
 
 def _decoded_probabilities(graph: Stretch, soft: str, probs: object) -> str:

@@ -101,7 +101,7 @@ def export(
     subject = describe(source, model, family, profile)
     names = family.halves(model).names
     known[profile].check(subject, names, family.image_size(model))
-    core = trace(model, family)
+    core = trace(model, family, loops=known[profile].loops)
     return write(out, known[profile], subject, core)
 
 

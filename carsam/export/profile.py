@@ -57,10 +57,12 @@ class Profile(ABC):
     Attributes:
         name: As given to ``--profile``.
         tool: What the files are for, in a few words.
+        loops: Whether the tool reads ONNX's loops.
     """
 
     name: ClassVar[str] = ""
     tool: ClassVar[str] = ""
+    loops: ClassVar[bool] = True
 
     def check(self, subject: Subject, names: tuple[str, ...], side: int) -> None:  # noqa: B027 - nothing by default
         """Refuses a model that the tool cannot run.

@@ -58,12 +58,13 @@ class Core:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, family: Family) -> Core:
+def trace(model: nn.Module, family: Family, *, loops: bool = True) -> Core:
     """Traces both halves of a model.
 
     Args:
         model: Packed or float, on the CPU.
         family: Its family.
+        loops: Whether large attentions may run part by part in loops.
 
     Raises:
         ConfigError: The family gives no halves; a grid has no ONNX form.
@@ -86,7 +87,7 @@ def trace(model: nn.Module, family: Family) -> Core:
             halves.decoder, (*between, *prompts), (*halves.names, *names), ("logits", "iou"), free, marks=bool(sites)
         )
     packed = any(not isinstance(site, MatMulQuantizers) for site in sites.values())
-    parts = [_filled(graph, sites, half_precision=packed) for graph in (encoder, decoder)]
+    parts = [_filled(graph, sites, half_precision=packed, loops=loops) for graph in (encoder, decoder)]
     return Core(parts[0], parts[1], halves.names, shapes, side, low_res)
 
 
@@ -118,7 +119,7 @@ def _traced(
     return onnx.load_from_string(buffer.getvalue()).graph
 
 
-def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_precision: bool) -> Half:
+def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_precision: bool, loops: bool) -> Half:
     """Puts the integer form of every site in the place of its mark."""
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []
@@ -131,7 +132,7 @@ def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_prec
         name = found["name"].decode()
         stretch = Stretch(name)
         if node.op_type == ATTENTION:
-            facts = lower_attention(stretch, sites[name], _call(node, found))
+            facts = lower_attention(stretch, sites[name], _call(node, found), loops=loops)
         else:
             shapes = found["input"], found["output"]
             facts = lower_layer(stretch, sites[name], node.input[0], node.output[0], shapes)

@@ -92,8 +92,14 @@ def onnx_halves(model: PreTrainedModel, *, threads: int | None = None, folder: P
     return Halves(*sessions, shapes, side, name, family.box_ends_in_no_point)
 
 
-def write_halves(model: PreTrainedModel, family: Family, folder: Path) -> Path:
+def write_halves(model: PreTrainedModel, family: Family, folder: Path, *, loops: bool = True) -> Path:
     """Writes a model's halves unless they are there.
+
+    Args:
+        model: Packed or float, on the CPU.
+        family: Its family.
+        folder: Where to.
+        loops: Whether large attentions may run in loops, which not every runtime reads.
 
     Returns:
         ``folder``.
@@ -121,7 +127,7 @@ def write_halves(model: PreTrainedModel, family: Family, folder: Path) -> Path:
         preprocessor={},
         metadata=said,
     )
-    write(folder, SimpleNamespace(name="runtime", files=_files), subject, trace(model, family))
+    write(folder, SimpleNamespace(name="runtime", files=_files), subject, trace(model, family, loops=loops))
     return folder
 
 

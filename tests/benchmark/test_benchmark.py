@@ -47,7 +47,7 @@ def test_rows(work, pixels):
     def score(model):
         logits, _ = predict_logits(model, runs_in(model).encode_image(work_pixels), boxes=box)
         scored.append(logits)
-        return {"segm_ap": 1.0, "mean_iou": 50.0}
+        return {"segm_ap": 1.0, "mean_iou": 50.0, "dsc": 60.0}
 
     import torch
 
@@ -67,7 +67,9 @@ def test_rows(work, pixels):
     expected, _ = predict_logits(work.model, encode_image(work.model, work_pixels), boxes=box)
     torch.testing.assert_close(scored[0], expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(scored[0], scored[1], rtol=1e-3, atol=1e-3)
-    assert _table("a model", found).row_count == 4
+    table = _table("a model", found)
+    assert table.row_count == 4
+    assert [str(column.header) for column in table.columns[-3:]] == ["AP", "mIoU", "DSC"]
 
 
 @pytest.mark.slow

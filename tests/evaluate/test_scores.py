@@ -1,6 +1,7 @@
 """Results and their JSON."""
 
 import json
+import math
 
 import pytest
 
@@ -89,3 +90,10 @@ def test_texts():
     assert few_objects_note(199).startswith("AP rests on 199 objects;") and few_objects_note(200) is None
     assert score_text(None) == interval_text(None) == "-"
     assert score_text(12.345, 2) == "12.35" and interval_text((1.04, 20.06)) == "1.0 to 20.1"
+
+
+def test_dsc_is_that_of_the_prompts():
+    # 2I / (1 + I) of 30 and 50 percent.
+    assert CocoResult.from_dict(OLD).dsc == pytest.approx((60 / 1.3 + 100 / 1.5) / 2)
+    empty = CocoResult.from_dict({**OLD, "per_image": []})
+    assert math.isnan(empty.dsc)

@@ -9,11 +9,11 @@ import evidence_tables
 import evidence_workers
 import pytest
 from evidence_data import Places, split, subset
-from evidence_measure import dice
 from evidence_rows import PLANS, Row, once, read_plan, row_of
 from places import ROOT
 
 from carsam.errors import ConfigError, DataError
+from carsam.evaluate.scores import dice
 
 PLAN = """
 defaults: {subject: embedded, data: embedded, images: 2, boxes: 2, limit: 3, steps: 1}

@@ -55,9 +55,10 @@ def operands():
 @pytest.mark.parametrize("bits", [4, 8])
 # Whole; some heads at a time; some queries of a head at a time.
 @pytest.mark.parametrize("part", [2**20, 2 * TOKENS * TOKENS, 5 * TOKENS])
+@pytest.mark.parametrize("loops", [True, False])
 @pytest.mark.parametrize("name", ["uniform", "row-max", "log2", "log1p"])
-def test_every_grid_of_p(name, bits, part, operands, run_stretch, monkeypatch):
-    monkeypatch.setattr(attention, "PART", part)
+def test_every_grid_of_p(name, loops, bits, part, operands, run_stretch, monkeypatch):
+    monkeypatch.setattr(attention, "PART" if loops else "UNROLLED_PART", part)
     matmul = quantizers(name, bits)
     query, key, value, rows, columns = operands
     expected = matmul.attend_grid(query, key, value, DIM**-0.5, (rows, columns))
@@ -72,7 +73,8 @@ def test_every_grid_of_p(name, bits, part, operands, run_stretch, monkeypatch):
         sides=(HEIGHT, WIDTH),
     )
     graph = Stretch("site")
-    facts = lower_attention(graph, matmul, call)
+    facts = lower_attention(graph, matmul, call, loops=loops)
+    assert ("Scan" in {node.op_type for node in graph.nodes}) is (loops and part < 2**20)
     inputs = {"query": query, "key": key, "value": value, "rows": rows, "columns": columns}
     (found,) = run_stretch(graph, {name: each.numpy() for name, each in inputs.items()}, ["output"])
     # The MatMuls are exact; exp and log of the two libraries differ in the last bit, which moves no code here.

@@ -22,13 +22,16 @@ def files(request, tmp_path_factory):
         if request.param == "w4a4":
             # As on large images: the encoder's attentions in a loop, whose products lie in a graph of their own.
             patch.setattr("carsam.export.attention.PART", 2**12)
+            patch.setattr("carsam.export.attention.UNROLLED_PART", 2**12)
         folder = write_halves(model, family_of(model), tmp_path_factory.mktemp("qdq") / "halves")
+        plain = write_halves(model, family_of(model), folder / "plain", loops=False)
     looped = "Scan" in {node.op_type for node in onnx.load(str(folder / ENCODER)).graph.node}
     assert looped == (request.param == "w4a4")
     for name in (ENCODER, DECODER):
-        made = as_qdq(onnx.load(str(folder / name)))
+        made = as_qdq(onnx.load(str(plain / name)))
         onnx.checker.check_model(made)
-        assert PRODUCT not in kinds(made.graph.node)
+        # OpenVINO's reader refuses loops.
+        assert not {PRODUCT, "Scan"} & kinds(made.graph.node)
         (folder / f"qdq-{name}").write_bytes(made.SerializeToString())
     return folder, pixels, request.param
 

@@ -17,6 +17,7 @@ class OpenVino(Onnx):
 
     name: ClassVar[str] = "openvino"
     tool: ClassVar[str] = "OpenVINO"
+    loops: ClassVar[bool] = False  # OpenVINO 2025.2 refuses Scan
 
     def files(self, subject: Subject, core: Core) -> Files:
         pair = super().files(subject, core)
