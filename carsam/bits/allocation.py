@@ -22,6 +22,7 @@ from carsam.errors import ConfigError
 MIXED_BITS = tuple(range(3, 9))
 _BISECTIONS = 100
 _BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
+_TIMES = ("ms", "s", "sec", "seconds")
 
 
 class BudgetError(ConfigError):
@@ -46,7 +47,15 @@ class Budget:
 
         Raises:
             ConfigError: The text is neither.
+            BudgetError: It is a time, which no choice of bits changes.
         """
+        time = re.fullmatch(rf"\s*[0-9.]{{1,20}}\s*({'|'.join(_TIMES)})\s*", str(text).lower())
+        if time is not None:
+            raise BudgetError(
+                f"the budget {str(text).strip()} is a time, and no choice of bits changes the time: runtimes compute "
+                "with bytes, so a model of 3 bits takes as long as one of 8 (docs/RESULTS.md, 16). Write mean bits as "
+                "4.0bits, or the size of the weights as 6MB; carsam benchmark measures how long a model takes."
+            )
         match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(bits?|kb|mb|gb)\s*", str(text).lower())
         if match is None or float(match[1]) == 0:
             raise ConfigError(

@@ -88,7 +88,8 @@ class CarSamPlus(CarSam):
     Attributes:
         equivalences: What may be folded into weights.
         refit: Of every layer to its quantized input, and rounding with feedback where nothing is learned.
-        learn: Learn rounding and steps; False rounds with feedback instead.
+        learn: Learn rounding and steps; False rounds with feedback instead, and so does
+            ``reconstruction.learn_rounding: false``, which learns the steps of activations afterwards.
         reconstruction: Settings of the optimiser loop.
         depthwise: Steps of the inputs of depthwise convolutions: ``channel`` gives each channel its own, which costs
             the integer arithmetic nothing there; ``tensor`` one to all.
@@ -220,7 +221,7 @@ class CarSamPlus(CarSam):
 
         passes = Passes(runs(data.quantized), runs(data.floating))
         names = execution_order(model, unit, passes.floating[0])
-        feedback = self.refit.feedback and not self.learn
+        feedback = self.refit.feedback and not (self.learn and self.reconstruction.learn_rounding)
         return reports + refit_layers(
             model, names, passes, self.refit, feedback=feedback, weight_observer=self.weight_observer
         )

@@ -104,6 +104,12 @@ def test_other_budgets_are_refused(text):
         Budget.parse(text)
 
 
+@pytest.mark.parametrize("text", ["500ms", "0.5 s", "2 seconds"])
+def test_a_time_is_refused_since_no_bits_change_it(text):
+    with pytest.raises(BudgetError, match=rf"the budget {text} is a time.*takes as long.*4.0bits.*carsam benchmark"):
+        Budget.parse(text)
+
+
 @given(st.dictionaries(st.integers(3, 8), st.floats(1e-9, 1e9), min_size=1))
 def test_interpolation_keeps_what_was_measured_and_never_rises(measured):
     found = interpolated(measured)
