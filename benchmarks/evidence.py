@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import evidence_costs
 import evidence_inside
 import evidence_tables as tables
 from evidence_data import FOLDERS, ROOT, Places
@@ -36,7 +37,7 @@ from carsam.errors import CarsamError, DataError
 from carsam.output.files import write_text
 
 RESULTS = ROOT / "docs" / "results"
-KINDS = {**tables.KINDS, **evidence_inside.KINDS}
+KINDS = {**tables.KINDS, **evidence_inside.KINDS, **evidence_costs.KINDS}
 # Of a row, what the command line may say of all of them.
 FIELDS = ("subject", "scope", "data", "bits", "steps", "boxes", "images")
 

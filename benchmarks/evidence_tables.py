@@ -171,14 +171,14 @@ def scores_table(chosen: Chosen, reference: str) -> str:
         head = ["bits", "row", "seeds", "segm AP", "mean IoU", "DSC", "IoU to float", f"IoU to {reference}", "notes"]
         rows = [head]
         for group in [*([floating] if floating else []), *lines]:
-            compared = _reference(lines, group, reference)
+            compared = reference_of(lines, group, reference)
             rows.append(
                 [
                     "float" if group.bits == FLOAT else group.bits.upper(),
                     "" if group.bits == FLOAT else group.label,
                     "" if group.bits == FLOAT else str(len(group.results)),
                     *(mean_and_spread(group.values(name)) for name in ("segm_ap", "mean_iou", "dsc")),
-                    *(_difference(group, other) for other in (floating, compared)),
+                    *(difference(group, other) for other in (floating, compared)),
                     group.notes,
                 ]
             )
@@ -275,11 +275,11 @@ def facts(results: Sequence[Result], floating: Group | None) -> str:
     )
 
 
-def _reference(lines: Sequence[Group], group: Group, label: str) -> Group | None:
+def reference_of(lines: Sequence[Group], group: Group, label: str) -> Group | None:
     return next((line for line in lines if line.bits == group.bits and line.label == label), None)
 
 
-def _difference(group: Group, other: Group | None) -> str:
+def difference(group: Group, other: Group | None) -> str:
     """Over the seeds that both have: other seeds have other calibration images, which moves scores by themselves."""
     if other is None or other is group:
         return ""
@@ -340,7 +340,7 @@ def summary_table(chosen: Chosen, reference: str) -> str:
         row = [name]
         for group, (_, floating, _) in zip(groups, places):
             scores = [mean_and_spread(group.values(score)) for score in ("segm_ap", "mean_iou")] if group else ["", ""]
-            row += [*scores, _difference(group, floating) if group else ""]
+            row += [*scores, difference(group, floating) if group else ""]
         rows.append(row)
     results = [result for column in columns for label in labels for result in column[label].results]
     if not labels or len({result.row.bits for result in results}) != 1:

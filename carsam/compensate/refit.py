@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -150,6 +152,7 @@ def refit_layers(
     settings: RefitSettings,
     *,
     feedback: bool,
+    together: Sequence[Sequence[str]] = (),
     weight_observer: str = "mse",
 ) -> list[RefitReport]:
     """Fits layers again, one after the other, each to inputs that the ones before it give as they are now.
@@ -160,6 +163,8 @@ def refit_layers(
         passes: The unit over calibration items.
         settings: Of the refit.
         feedback: Round with feedback afterwards: the weights are then values of their grids.
+        together: Layers none of which reads what another gives (the projections of an attention): where they follow
+            one another, one pass serves all.
         weight_observer: For the grids that are fitted again to the new weights.
 
     Returns:
@@ -168,24 +173,54 @@ def refit_layers(
     layers: dict[str, QuantizedLayer] = {name: model.get_submodule(name) for name in names}
     floating = _float_rows(layers, passes.floating[: settings.items])
     reports = []
-    for name, layer in layers.items():
-        gathered = _gather(layer, passes.quantized[: settings.items], floating.pop(name))
-        reports.append(_refit_layer(name, layer, gathered, settings, feedback, weight_observer))
+    for group in grouped(names, together):
+        exact = {name: floating.pop(name) for name in group}
+        gathered = _gather({name: layers[name] for name in group}, passes.quantized[: settings.items], exact)
+        for name in group:
+            reports.append(_refit_layer(name, layers[name], gathered[name], settings, feedback, weight_observer))
     return reports
 
 
+def grouped(names: Sequence[str], together: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Layers in order; neighbours that stand in one of the groups of ``together`` become one."""
+    of = {name: number for number, group in enumerate(together) for name in group}
+    groups: list[list[str]] = []
+    for name in names:
+        if groups and name in of and of.get(groups[-1][-1]) == of[name]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
 def _gather(
-    layer: QuantizedLayer, runs: list[Callable[[], object]], floating: list[Tensor]
-) -> tuple[LayerMoments, LayerMoments]:
-    """Moments of a layer's inputs on the items that it is fitted to, and on those that judge."""
-    fit, judge = LayerMoments(), LayerMoments()
-    for index, (run, exact) in enumerate(zip(runs, floating)):
-        with simulate(weights=True, activations=True, drop=0.0):
-            args, _ = capture_call(layer, run)
-            rounded = _rows(layer, layer.input_quantizer(args[0]))
-        into = judge if index % HELD_OUT == HELD_OUT - 1 else fit
-        into.update(rounded, exact)
-    return fit, judge
+    layers: dict[str, QuantizedLayer], runs: list[Callable[[], object]], floating: dict[str, list[Tensor]]
+) -> dict[str, tuple[LayerMoments, LayerMoments]]:
+    """Moments of layers' inputs on the items that they are fitted to, and on those that judge.
+
+    Args:
+        layers: In the order of execution; none reads what another gives.
+        runs: Passes that reach them, one an item.
+        floating: Rows of their inputs in the float model, item by item.
+    """
+    moments = {name: (LayerMoments(), LayerMoments()) for name in layers}
+    *before, last = layers
+    for index, run in enumerate(runs):
+        seen: dict[str, Tensor] = {}
+        with ExitStack() as hooks, simulate(weights=True, activations=True, drop=0.0):
+            for name in before:
+                keep = partial(_keep, seen, name)
+                hooks.callback(layers[name].register_forward_pre_hook(keep).remove)
+            args, _ = capture_call(layers[last], run)
+            seen[last] = args[0]
+            for name, layer in layers.items():
+                rounded = _rows(layer, layer.input_quantizer(seen[name]))
+                moments[name][index % HELD_OUT == HELD_OUT - 1].update(rounded, floating[name][index])
+    return moments
+
+
+def _keep(seen: dict[str, Tensor], name: str, _module: object, args: tuple[Tensor, ...]) -> None:
+    seen[name] = args[0]
 
 
 def _refit_layer(

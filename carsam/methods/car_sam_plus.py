@@ -222,8 +222,15 @@ class CarSamPlus(CarSam):
         passes = Passes(runs(data.quantized), runs(data.floating))
         names = execution_order(model, unit, passes.floating[0])
         feedback = self.refit.feedback and not (self.learn and self.reconstruction.learn_rounding)
+        projections = [(site.query.layer, site.key.layer, site.value.layer) for site in sites.attentions]
         return reports + refit_layers(
-            model, names, passes, self.refit, feedback=feedback, weight_observer=self.weight_observer
+            model,
+            names,
+            passes,
+            self.refit,
+            feedback=feedback,
+            together=projections,
+            weight_observer=self.weight_observer,
         )
 
     def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from carsam.calibrate.observers import RangeRecorder
-from carsam.compensate.refit import Passes, RefitSettings, columns, matrix, refit_layers, set_matrix
+from carsam.compensate.refit import Passes, RefitSettings, columns, grouped, matrix, refit_layers, set_matrix
 from carsam.errors import ConfigError
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
 
@@ -98,6 +98,52 @@ def test_errors_fall_also_on_items_that_it_has_not_seen(case, feedback):
         layer.freeze()
         torch.testing.assert_close(layer.weight, rounded, rtol=1e-5, atol=1e-6)
         assert layer.codes.max() <= 7
+
+
+class Projections(nn.Module):
+    """Two layers that read one input, and one that reads what both give."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)) * self.second(x))
+
+
+@torch.no_grad()
+def test_layers_that_do_not_read_each_other_share_a_pass():
+    torch.manual_seed(0)
+    model, names, calls = Projections(), ["first", "second", "last"], []
+    for name in names:
+        setattr(model, name, QuantizedLayer(getattr(model, name), 3, ActivationQuantizer(3)))
+    items = [torch.randn(40, 6, generator=drawn(i)) for i in range(8)]
+    recorder = RangeRecorder([model])
+    with recorder.recording():
+        for item in items:
+            model(item)
+    recorder.apply("mse")
+    for name in names:
+        model.get_submodule(name).fit_weight()
+    other = copy.deepcopy(model)
+
+    def counted(each):
+        runs = [lambda item=item: (calls.append(1), each(item)) for item in items]
+        return Passes(runs, runs)
+
+    refit_layers(model, names, counted(model), RefitSettings(), feedback=True)
+    apart, calls[:] = len(calls), []
+    refit_layers(other, names, counted(other), RefitSettings(), feedback=True, together=[("first", "second")])
+    assert (apart, len(calls)) == (4 * len(items), 3 * len(items))  # one of them through the float model
+    for name in names:
+        assert torch.equal(model.get_submodule(name).weight, other.get_submodule(name).weight)
+
+
+def test_only_neighbours_share_a_pass():
+    together = [("q", "k", "v"), ("x", "x", "x")]
+    assert grouped(["q", "k", "v", "o", "x"], together) == [["q", "k", "v"], ["o"], ["x"]]
+    assert grouped(["q", "o", "k"], together) == [["q"], ["o"], ["k"]]
+    assert grouped(["a", "b"], ()) == [["a"], ["b"]]
 
 
 def test_targets_are_the_float_models(case):

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import evidence
+import evidence_costs
 import evidence_inside
 import evidence_tables
 import evidence_workers
@@ -195,6 +196,22 @@ def test_tables_average_seeds_and_compare_with_the_reference(tmp_path):
     assert "| W4A4 | RTN | 36.7 | 36.7 |" in by_modality
     with pytest.raises(DataError, match="--clicks or --diagnose"):
         evidence_tables.clicks_table(evidence_tables.choose(found, {}), "CAR-SAM")
+
+
+def test_costs_count_what_another_row_computed_and_shares_of_the_float_model(tmp_path):
+    units = [{"unit": "a", "seconds": 20.0}, {"unit": "b", "seconds": 30.0, "from_another_row": True}]
+    rows = [made_up("float", [[80.0, 80.0], [80.0]], bits="float")]
+    for label, iou in (("A", 60.0), ("B", 64.0)):
+        row = made_up(label, [[iou, iou], [iou]])
+        row["quantization"] = {"seconds": 25.0, "units": units}
+        row["made"] |= {"device": "cpu", "processor": "cpu", "threads": 1}
+        rows.append(row)
+    found = results(tmp_path, *rows, made_up("without seconds", [[60.0], [50.0]]))
+    lines = evidence_costs.costs_table(evidence_tables.choose(found, {}), "A").splitlines()
+    assert lines[0].endswith("| IoU to A | seconds | on |")
+    assert lines[2] == "| W4A4 | A | 1 | 10.0 | 100.0 % | 60.0 | 75.0 % | | 55 | cpu, 1 threads |"
+    assert lines[3].endswith("| 64.0 | 80.0 % | **+4.0 (+4.0 to +4.0)** | 55 | cpu, 1 threads |")
+    assert not any("without seconds" in line for line in lines)
 
 
 def test_a_summary_puts_data_sets_side_by_side(tmp_path):
