@@ -4,10 +4,11 @@
         --coco medical/calibration/instances.json
 
 Every decoder attention alone, on the float model's inputs: relative squared error of its output on held-out images,
-with 4-bit codes of V, of P, of both, or of all four operands; values as they are, centred at their mean over the
-calibration set, and at their median. Weights and the layers' inputs stay in floating point, so that nothing but the
-MatMuls errs. P is on the uniform grid, its step by its own error ("own") or by the error of PV; then on row-maximum
-codes. Ranges are those of least squared error, but for V where its whole range is named.
+with 4-bit codes of Q, K and V (no map between them can win more than this), of V, of P, or of all four; values as
+they are, centred at their mean over the calibration set, and at their median. Weights and the layers' inputs stay in
+floating point, so that nothing but the MatMuls errs. P is on the uniform grid, its step by its own error ("own") or by
+the error of PV; then on row-maximum codes. Ranges are those of least squared error, but for V where its whole range is
+named.
 
 "one value" is the share of the tokens whose value lies within a tenth of a standard deviation of the channel's most
 frequent value, the mean over channels: much of it means that most tokens have the same value, as on black background.
@@ -34,6 +35,7 @@ from carsam.transform.statistics import run_hooked
 # Values of one pass that medians and most frequent values are found from, by their stride.
 STRIDE, BINS = 17, 100
 CASES = (
+    ("Q, K and V", ("query", "key", "value"), "own"),
     ("V", ("value",), "product"),
     ("V, whole range", ("value",), "product"),
     ("P, own step", ("probs",), "own"),
@@ -42,6 +44,7 @@ CASES = (
     ("V and P", ("value", "probs"), "product"),
     ("all, own step", ("query", "key", "value", "probs"), "own"),
     ("all", ("query", "key", "value", "probs"), "product"),
+    ("row-maximum P alone", ("probs",), "row-max"),
     ("all, row-maximum P", ("query", "key", "value", "probs"), "row-max"),
     ("all, row-maximum P, whole range of V", ("query", "key", "value", "probs"), "row-max"),
 )

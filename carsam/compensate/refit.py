@@ -16,7 +16,7 @@ from carsam.calibrate.capture import capture_call
 from carsam.compensate.ridge import LayerMoments, Objective, centred, correct_bias, refit, round_with_feedback
 from carsam.errors import ConfigError
 from carsam.quantizers import QuantizedLayer, simulate
-from carsam.quantizers.sampling import odd_step_within
+from carsam.quantizers.sampling import odd_step_within, sampled_patches
 
 # λ relative to the mean diagonal, from next to none to next to no refit.
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
@@ -90,15 +90,12 @@ class Passes:
     floating: list[Callable[[], object]]
 
 
-def columns(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """What every group of a layer's outputs is computed from, (groups, rows, d): tokens, or patches under a kernel."""
+def rows_of(layer: QuantizedLayer, x: Tensor, most: int) -> Tensor:
+    """What some of every group's outputs are computed from, (groups, rows, d): tokens, or patches under a kernel."""
     if layer.conv is None:
-        return x.flatten(0, -2)[None]
-    settings, kernel = layer.conv, tuple(layer.weight.shape[-2:])
-    unfold = {name: settings[name] for name in ("dilation", "padding", "stride")}
-    patches = F.unfold(x, kernel, **unfold)  # (batch, channels · k · k, places), channels of a group side by side
-    groups = settings["groups"]
-    return patches.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        flat = x.flatten(0, -2)[None]
+        return flat[:, :: odd_step_within(flat.shape[1], most)]
+    return sampled_patches(x, tuple(layer.weight.shape[-2:]), **layer.conv, most=most)
 
 
 def matrix(layer: QuantizedLayer) -> Tensor:
@@ -121,9 +118,8 @@ def set_matrix(layer: QuantizedLayer, values: Tensor) -> None:
 
 
 def _rows(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """Some rows of :func:`columns`, the same for inputs of one shape; with a column of ones where there is a bias."""
-    found = columns(layer, x)
-    found = found[:, :: odd_step_within(found.shape[1], ROWS)]
+    """:func:`rows_of`, the same ones for inputs of one shape; with a column of ones where there is a bias."""
+    found = rows_of(layer, x, ROWS)
     return F.pad(found, (0, 1), value=1.0) if layer.bias is not None else found.clone()
 
 

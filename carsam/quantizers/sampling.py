@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,3 +39,38 @@ def even_ranks(ranked: Tensor, wanted: int) -> Tensor:
     """At most ``wanted`` of sorted values, (n,), at even ranks with both ends."""
     last = len(ranked) - 1
     return ranked[torch.linspace(0, last, min(len(ranked), wanted)).round().long()]
+
+
+def sampled_patches(
+    x: Tensor,
+    kernel: tuple[int, int],
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    most: int,
+) -> Tensor:
+    """What some outputs of a convolution are computed from, at an odd step through all of its places.
+
+    As ``unfold`` gives it and a stride picks from, but only what is picked is ever copied: nine times a map of SAM's
+    size is a gigabyte.
+
+    Args:
+        x: Input (batch, channels, height, width).
+        kernel, stride, padding, dilation, groups: The convolution's; zeros are padded.
+        most: Places at most.
+
+    Returns:
+        (groups, places, channels of a group · kernel's elements).
+    """
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
+    height, width = ((n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[2:], dilation, kernel, stride))
+    places = torch.arange(0, len(x) * height * width, odd_step_within(len(x) * height * width, most), device=x.device)
+    batch, place = places // (height * width), places % (height * width)
+    row, column = place // width * stride[0], place % width * stride[1]
+    taps = [
+        x[batch, :, row + i * dilation[0], column + j * dilation[1]] for i in range(kernel[0]) for j in range(kernel[1])
+    ]
+    found = torch.stack(taps, dim=-1)  # (places, channels, kernel)
+    return found.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)

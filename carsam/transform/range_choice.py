@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carsam.bits.plan import BitPlan
 from carsam.models.sites import Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers.affine import decode, encode
-from carsam.quantizers.sampling import odd_step_within
+from carsam.quantizers.sampling import odd_step_within, sampled_patches
 from carsam.quantizers.uniform import UniformRecord
 from carsam.transform.choice import JUDGES, LEAST_GAIN
 from carsam.transform.statistics import run_hooked
@@ -36,11 +35,10 @@ class _Seen:
 
 def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
     """Some of the rows that a layer's outputs are computed from, (groups, rows, d): tokens, or patches of a map."""
-    if not isinstance(layer, nn.Conv2d):
-        flat = x.detach().flatten(0, -2)[None]
-    else:
-        patches = F.unfold(x.detach(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        flat = patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    if isinstance(layer, nn.Conv2d):
+        settings = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        return sampled_patches(x.detach(), layer.kernel_size, **settings, most=ROWS)
+    flat = x.detach().flatten(0, -2)[None]
     return flat[:, :: odd_step_within(flat.shape[1], ROWS)].clone()
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from carsam.calibrate.observers import RangeRecorder
-from carsam.compensate.refit import Passes, RefitSettings, columns, grouped, matrix, refit_layers, set_matrix
+from carsam.compensate.refit import Passes, RefitSettings, grouped, matrix, refit_layers, rows_of, set_matrix
 from carsam.errors import ConfigError
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
 
@@ -21,11 +21,11 @@ def drawn(seed):
 @torch.no_grad()
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 999), st.sampled_from([1, 2, 4]), st.sampled_from([1, 3]), st.integers(1, 2), st.booleans())
-def test_a_convolution_is_the_product_of_its_columns_and_its_matrix(seed, groups, kernel, stride, bias):
+def test_a_convolution_is_the_product_of_its_rows_and_its_matrix(seed, groups, kernel, stride, bias):
     source = nn.Conv2d(4, 8, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
     layer = QuantizedLayer(source, 16, ActivationQuantizer(16))
     x = torch.randn(2, 4, 6, 5, generator=drawn(seed))
-    inputs = columns(layer, x)
+    inputs = rows_of(layer, x, most=1000)
     if bias:
         inputs = torch.nn.functional.pad(inputs, (0, 1), value=1.0)
     product = inputs @ matrix(layer)  # (groups, batch · places, out / groups)

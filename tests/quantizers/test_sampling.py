@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carsam.quantizers.sampling import even_ranks, odd_step_for, odd_step_within, step_for, strided
+from carsam.quantizers.sampling import (
+    even_ranks,
+    odd_step_for,
+    odd_step_within,
+    sampled_patches,
+    step_for,
+    strided,
+)
 
 COUNTS = st.integers(0, 10**7)
 WANTED = st.integers(1, 10**5)
@@ -48,3 +55,20 @@ def test_strided_keeps_few_values_and_the_first():
 @pytest.mark.parametrize(("count", "expected"), [(3, [0, 1, 2]), (9, [0, 2, 4, 6, 8]), (1, [0])])
 def test_even_ranks_hold_both_ends(count, expected):
     assert even_ranks(torch.arange(count), 5).tolist() == expected
+
+
+@given(
+    batch=st.integers(1, 2),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 1), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    groups=st.sampled_from([1, 2, 4]),
+    most=st.integers(1, 100),
+)
+def test_sampled_patches_are_those_of_unfold(batch, kernel, stride, padding, dilation, groups, most):
+    x = torch.randn(batch, 4, 8, 9, generator=torch.Generator().manual_seed(most))
+    found = sampled_patches(x, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, most=most)
+    every = torch.nn.functional.unfold(x, kernel, dilation, padding, stride)
+    every = every.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    assert torch.equal(found, every[:, :: odd_step_within(every.shape[1], most)])
