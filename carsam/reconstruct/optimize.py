@@ -57,6 +57,8 @@ class ReconstructionSettings:
             broad row rounds to zero as a whole, so a unit trained on half-dropped rows meets rows of half the sum.
         mask_weight: Share of a decoder unit's loss in which errors are weighed by what the masks make of them
             (:mod:`carsam.reconstruct.masks`); 0 counts all elements alike.
+        mask_optional: Leave both out, with a warning, where a model's masks cannot be differentiated (a video's memory)
+            instead of refusing.
         mask_steps: Steps in which the finished decoder is tuned on the float model's masks; 0 leaves it out.
         mask_rate: Adam's rate there, relative to the step of a grid.
         mask_norms: Whether the norms and biases, which stay in floating point, are tuned with the grids.
@@ -77,6 +79,7 @@ class ReconstructionSettings:
     per_layer: bool = False
     phases: str = "joint"
     mask_weight: float = 0.0
+    mask_optional: bool = False
     mask_steps: int = 0
     mask_rate: float = 2e-2
     mask_norms: bool = False

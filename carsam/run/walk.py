@@ -8,11 +8,13 @@ is run up to each of them.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from carsam.calibrate.cache import ActivationCache, cached, variances
@@ -28,11 +30,13 @@ from carsam.prompts.calibration import CalibrationImage, CalibrationSet
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.reconstruct.layerwise import optimise_layers
 from carsam.reconstruct.masks import MaskReport, MaskWeights, mask_weights, tune_on_masks
-from carsam.reconstruct.optimize import UnitData, UnitReport, relative_errors, unit_seed
+from carsam.reconstruct.optimize import ReconstructionSettings, UnitData, UnitReport, relative_errors, unit_seed
 from carsam.reconstruct.units import Unit, check_cover, run_unit
 from carsam.run.context import RunContext
 from carsam.run.progress import KEPT, PlannedUnit, StageProgress
 from carsam.run.store import fingerprint
+
+logger = logging.getLogger(__name__)
 
 Following = Callable[[nn.Module, Tensors, Tensors], Tensors]
 
@@ -80,6 +84,7 @@ class Walk:
         self.report = WalkReport()
         # Embeddings by both models, once the walk has reached the decoder.
         self.encoded: tuple[ActivationCache, ActivationCache] | None = None
+        self._decoding: bool | None = None
         if isinstance(context.progress, StageProgress):
             kinds = {stage.name: part.name for part in self.parts for stage in part.stages}
             short = sites.family.names.short
@@ -246,7 +251,7 @@ class Walk:
         else:
             report.steps = steps
             if settings.mask_weight > 0 and self.encoded is not None and steps:
-                data.weights = self._mask_weights(unit, data)
+                data.weights = self._mask_weights(unit, data, settings)
             options = {
                 "steps": steps,
                 "seed": self.context.seed,
@@ -262,8 +267,10 @@ class Walk:
                 report.losses = self.context.hooks.optimise(self.model, unit, data, settings, **options)
         return report, mac
 
-    def _mask_weights(self, unit: Unit, data: UnitData) -> MaskWeights | None:
-        """What the masks make of errors in a decoder unit's outputs."""
+    def _mask_weights(self, unit: Unit, data: UnitData, settings: ReconstructionSettings) -> MaskWeights | None:
+        """What the masks make of errors in a decoder unit's outputs; None where that is optional and cannot be told."""
+        if settings.mask_optional and not self._decodes():
+            return None
         return mask_weights(
             self.reference,
             unit,
@@ -277,10 +284,24 @@ class Walk:
             seed=unit_seed(self.context.seed, unit.name),
         )
 
+    def _decodes(self) -> bool:
+        """Whether the family decodes with gradients; says once where it does not."""
+        if self._decoding is None:
+            first = self.encoded[1].get(0, self.device)
+            with torch.no_grad():
+                found = self.sites.family.decode(self.reference, first, self.data.images[0])
+            self._decoding = found is not None
+            if not self._decoding:
+                logger.warning(
+                    "The masks of %s models cannot be differentiated, so errors are not weighed by them.",
+                    self.sites.family.name,
+                )
+        return self._decoding
+
     def _tune_on_masks(self) -> None:
         """Tunes the finished decoder on the float model's masks, where the method asks for it."""
         settings = self.method.reconstruction_for(self.units[-1]) if self.units else None
-        if settings is None or settings.mask_steps == 0:
+        if settings is None or settings.mask_steps == 0 or (settings.mask_optional and not self._decodes()):
             return
         name = "masks"
         steps = settings.mask_steps

@@ -152,6 +152,19 @@ def test_a_family_without_such_a_pass_is_refused(nano, small_set, walked):
         decoded(Other(), nano, encoded.get(0, CPU), small_set.images[0])
 
 
+@pytest.mark.parametrize("asked", [{"mask_weight": 1.0}, {"mask_steps": 2}])
+def test_a_family_without_such_a_pass_is_quantized_where_masks_are_optional(
+    nano, small_set, walked, asked, monkeypatch, caplog
+):
+    monkeypatch.setattr(type(walked[0].family), "decode", lambda *_: None)
+    with pytest.raises(ConfigError, match="cannot be tuned on their masks"):
+        quantized(nano, small_set, **asked)
+    found = quantized(nano, small_set, **asked, mask_optional=True).model
+    assert caplog.text.count("cannot be differentiated") == 1
+    plain = quantized(nano, small_set).model.state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in found.state_dict().items())
+
+
 def test_decode_is_what_prediction_computes(nano, small_set, walked):
     sites, encoded, _ = walked
     image = small_set.images[0]
