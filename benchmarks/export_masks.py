@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,22 @@ def ious(a: torch.Tensor, b: torch.Tensor) -> list[float]:
     return torch.where(union > 0, (a & b).flatten(1).sum(1) / union.clamp(min=1), 1.0).tolist()
 
 
+def prompted(
+    coco: Path, folder: Path, preprocess: Preprocessor, limit: int
+) -> Iterator[tuple[torch.Tensor, Geometry, torch.Tensor]]:
+    """Of every image with boxes: its pixels (1, 3, S, S), its geometry, and the boxes (N, 4) in the input frame."""
+    known = json.loads(coco.read_text(encoding="utf-8"))
+    boxes: dict[int, list[list[float]]] = {}
+    for annotation in known["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        if not annotation.get("iscrowd"):
+            boxes.setdefault(annotation["image_id"], []).append([x, y, x + width, y + height])
+    images = [image for image in known["images"] if image["id"] in boxes]
+    for image in images[: limit or None]:
+        values, geometry = preprocess(np.asarray(Image.open(folder / image["file_name"]).convert("RGB")))
+        yield values, geometry, geometry.boxes_to_input(torch.tensor(boxes[image["id"]], dtype=torch.float32))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="packed folder")
@@ -76,21 +93,12 @@ def main() -> None:
     model = open_model(arguments.model)
     family, preprocess = family_of(model), Preprocessor.for_model(model)
     wide = copy.deepcopy(model).double()
-    known = json.loads(arguments.coco.read_text(encoding="utf-8"))
-    boxes: dict[int, list[list[float]]] = {}
-    for annotation in known["annotations"]:
-        x, y, width, height = annotation["bbox"]
-        if not annotation.get("iscrowd"):
-            boxes.setdefault(annotation["image_id"], []).append([x, y, x + width, y + height])
-    images = [image for image in known["images"] if image["id"] in boxes]
-    exported, itself = [], []
+    exported, itself, images = [], [], 0
     with tempfile.TemporaryDirectory() as folder:
         export(arguments.model, Path(folder) / "pair")
         pair = Pair(Path(folder) / "pair")
-        for image in images[: arguments.limit or None]:
-            pixels = np.asarray(Image.open(arguments.images / image["file_name"]).convert("RGB"))
-            values, geometry = preprocess(pixels)
-            prompts = geometry.boxes_to_input(torch.tensor(boxes[image["id"]], dtype=torch.float32))
+        for values, geometry, prompts in prompted(arguments.coco, arguments.images, preprocess, arguments.limit):
+            images += 1
 
             def whole(logits: torch.Tensor, geometry: Geometry = geometry) -> torch.Tensor:
                 return geometry.masks_to_original(logits, preprocess.image_size)
@@ -99,7 +107,7 @@ def main() -> None:
             # SAM 2's predictors append a point that is none to a box, SAM's do not.
             exported += ious(whole(pair(values, prompts, pad=getattr(family, "stretched", False))), expected)
             itself += ious(whole(simulated(wide, values, prompts)), expected)
-    print(f"{arguments.model}: {len(exported)} boxes on {len(images[: arguments.limit or None])} images")
+    print(f"{arguments.model}: {len(exported)} boxes on {images} images")
     print("| compared with the simulated model | mean IoU | worst | below 0.95 |")
     print("| --- | --- | --- | --- |")
     for name, values in (("exported files", exported), ("itself in float64", itself)):

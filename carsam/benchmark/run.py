@@ -66,6 +66,17 @@ class Row:
         """How many times faster than the baseline the decoder is."""
         return median(self.baseline_decoder_ms) / median(self.decoder_ms) if self.decoder_ms else float("nan")
 
+    def against(self, other: Row) -> tuple[float, float, float] | None:
+        """The encoder's time as a multiple of another row's, round by round: its quartiles, the median between them.
+
+        None where the two were not timed in the same rounds.
+        """
+        if not self.encoder_ms or self.baseline_encoder_ms != other.baseline_encoder_ms:
+            return None
+        ratios = [mine / its for mine, its in zip(self.encoder_ms, other.encoder_ms)]
+        low, middle, high = np.percentile(ratios, [25, 50, 75]).tolist()
+        return low, middle, high
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, with the medians."""
         found = asdict(self)
@@ -95,7 +106,7 @@ class Plan:
     """How to measure.
 
     Attributes:
-        rounds: Interleaved rounds of every wave.
+        rounds: Interleaved rounds of every wave, after one that warms up and is not counted.
         at_once: Subjects of a wave beside the baseline.
         prompts: Decoder passes a round.
     """
@@ -172,10 +183,12 @@ def _opened(subject: Subject, work: Work, pixels: Inputs, prompts: Inputs, stack
 
 
 def _rounds(baseline: _Open, running: list[_Open], pixels: Inputs, prompts: Inputs, plan: Plan) -> None:
-    for _ in range(plan.rounds):
+    for number in range(plan.rounds + 1):
         encoder, decoder = baseline.time(pixels, prompts, plan.prompts)
         for each in (baseline, *running):
             times = (encoder, decoder) if each is baseline else each.time(pixels, prompts, plan.prompts)
+            if not number:
+                continue
             each.row.encoder_ms.append(times[0])
             each.row.decoder_ms.append(times[1])
             each.row.baseline_encoder_ms.append(encoder)

@@ -110,7 +110,7 @@ def benchmark(
             # Also what an interrupted benchmark has measured: its rows are whole.
             if found:
                 output.print(_table(model, found))
-                for line in _warnings(found):
+                for line in (*_bits_beside_bits(found), *_warnings(found)):
                     output.line(line)
                 about = {"model": model, "processor": processor(), "threads": threads, "load": busy()}
                 output.save({**about, "rows": [row.to_dict() for row in found]})
@@ -215,6 +215,24 @@ def _table(model: str, rows: Sequence[Row]) -> Table:
             cells += [f"{row.scores[key]:.2f}" if key in row.scores else "" for key in SCORES]
         table.add_row(row.name, *cells)
     return table
+
+
+def _bits_beside_bits(rows: Sequence[Row]) -> list[str]:
+    """What fewer bits cost or save: ours in one runtime and the same rounds, each beside the first."""
+    firsts: list[Row] = []
+    lines = []
+    for row in (row for row in rows if row.ours and row.encoder_ms):
+        runtime = row.name.rpartition(", ")[2]
+        first = next((each for each in firsts if each.name.endswith(runtime) and row.against(each)), None)
+        if first is None:
+            firsts.append(row)
+            continue
+        low, middle, high = row.against(first)
+        lines.append(
+            f"{row.name} takes {middle:.2f} of the time of {first.name} "
+            f"(median of {len(row.encoder_ms)} rounds; half of them {low:.2f} to {high:.2f})"
+        )
+    return lines
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:

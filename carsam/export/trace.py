@@ -57,6 +57,25 @@ class Core:
     low_res: int
 
 
+@dataclass(frozen=True)
+class Marked:
+    """Both halves as traced, with marks in the places of quantized sites.
+
+    Attributes:
+        encoder, decoder: Graphs; inputs and outputs as those of :class:`Core`.
+        sites: What stands in the places, by module path.
+        names, shapes, side, low_res: As those of :class:`Core`.
+    """
+
+    encoder: onnx.GraphProto
+    decoder: onnx.GraphProto
+    sites: Mapping[str, nn.Module]
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    side: int
+    low_res: int
+
+
 @torch.no_grad()
 def trace(model: nn.Module, family: Family, *, loops: bool = True) -> Core:
     """Traces both halves of a model.
@@ -68,6 +87,21 @@ def trace(model: nn.Module, family: Family, *, loops: bool = True) -> Core:
 
     Raises:
         ConfigError: The family gives no halves; a grid has no ONNX form.
+    """
+    found = trace_marks(model, family)
+    packed = any(not isinstance(site, MatMulQuantizers) for site in found.sites.values())
+    parts = [
+        _filled(graph, found.sites, half_precision=packed, loops=loops) for graph in (found.encoder, found.decoder)
+    ]
+    return Core(parts[0], parts[1], found.names, found.shapes, found.side, found.low_res)
+
+
+@torch.no_grad()
+def trace_marks(model: nn.Module, family: Family) -> Marked:
+    """The first half of :func:`trace`, before any site is filled in.
+
+    Raises:
+        ConfigError: The family gives no halves.
     """
     side, low_res = family.image_size(model), family.low_res_size(model)
     halves = family.halves(model)
@@ -86,9 +120,7 @@ def trace(model: nn.Module, family: Family, *, loops: bool = True) -> Core:
         decoder = _traced(
             halves.decoder, (*between, *prompts), (*halves.names, *names), ("logits", "iou"), free, marks=bool(sites)
         )
-    packed = any(not isinstance(site, MatMulQuantizers) for site in sites.values())
-    parts = [_filled(graph, sites, half_precision=packed, loops=loops) for graph in (encoder, decoder)]
-    return Core(parts[0], parts[1], halves.names, shapes, side, low_res)
+    return Marked(encoder, decoder, sites, halves.names, shapes, side, low_res)
 
 
 def _traced(
@@ -128,14 +160,8 @@ def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_prec
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
-        found = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        name = found["name"].decode()
-        stretch = Stretch(name)
-        if node.op_type == ATTENTION:
-            facts = lower_attention(stretch, sites[name], _call(node, found), loops=loops)
-        else:
-            shapes = found["input"], found["output"]
-            facts = lower_layer(stretch, sites[name], node.input[0], node.output[0], shapes)
+        name = site_of(node)
+        stretch, facts = lower(node, sites[name], loops=loops)
         if _is_quantized(sites[name]):
             lowered.append(facts)
         nodes += stretch.nodes
@@ -157,6 +183,20 @@ def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_prec
     return Half(result, tuple(lowered))
 
 
+def site_of(mark: onnx.NodeProto) -> str:
+    """Module path of the site that a mark stands for."""
+    return helper.get_node_attr_value(mark, "name").decode()
+
+
+def lower(mark: onnx.NodeProto, site: nn.Module, *, loops: bool = True) -> tuple[Stretch, Lowered]:
+    """What comes in the place of a mark."""
+    stretch = Stretch(site_of(mark))
+    if mark.op_type == ATTENTION:
+        return stretch, lower_attention(stretch, site, call_of(mark), loops=loops)
+    shapes = helper.get_node_attr_value(mark, "input"), helper.get_node_attr_value(mark, "output")
+    return stretch, lower_layer(stretch, site, mark.input[0], mark.output[0], shapes)
+
+
 def _is_quantized(site: nn.Module) -> bool:
     """Whether a site has any codes: with 16 bits throughout, as in an encoder that was left alone, it has none."""
     if isinstance(site, MatMulQuantizers):
@@ -164,14 +204,16 @@ def _is_quantized(site: nn.Module) -> bool:
     return site.weight_bits < 16 or site.input_quantizer.bits < 16
 
 
-def _call(node: onnx.NodeProto, found: Mapping) -> Call:
-    query, key, value, *more = node.input
+def call_of(mark: onnx.NodeProto) -> Call:
+    """The call of an attention that a mark stands for."""
+    found = {attribute.name: helper.get_attribute_value(attribute) for attribute in mark.attribute}
+    query, key, value, *more = mark.input
     sides = tuple(found["sides"])
     return Call(
         query,
         key,
         value,
-        node.output[0],
+        mark.output[0],
         found["scaling"],
         tuple(tuple(found[which]) for which in ("query", "key", "value")),
         mask=more[0] if len(more) == 1 else "",

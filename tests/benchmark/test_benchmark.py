@@ -9,7 +9,7 @@ from carsam.benchmark.process import SubjectError, SubjectProcess
 from carsam.benchmark.processor import processor
 from carsam.benchmark.run import Plan, Row, measure
 from carsam.benchmark.subjects import BASELINE, Subject, Work, subjects
-from carsam.commands.benchmark import _prompt, _table, _warnings
+from carsam.commands.benchmark import _bits_beside_bits, _prompt, _table, _warnings
 from carsam.models.forward import encode_image, predict_logits, runs_in
 
 pytest.importorskip("onnxruntime", reason="an optional package: carsam[onnx]")
@@ -105,6 +105,23 @@ def test_slower_than_float_is_said():
     assert fastest.startswith("the fastest here is ONNX Runtime FP32 (1.00×)")
     quick = Row("ours W8A8, ONNX Runtime", ours=True, encoder_ms=[50.0], baseline_encoder_ms=[100.0])
     assert _warnings([baseline, quick]) == []
+
+
+def test_bits_beside_bits_only_in_the_same_rounds():
+    def ours(bits, times, baseline):
+        return Row(f"ours {bits}, ONNX Runtime", ours=True, encoder_ms=times, baseline_encoder_ms=baseline)
+
+    rounds = [100.0, 110.0, 90.0]
+    rows = [
+        Row(BASELINE, encoder_ms=rounds, baseline_encoder_ms=rounds),
+        ours("W8A8", [50.0, 60.0, 40.0], rounds),
+        # Of another wave, against nothing; of the same one, round by round: 1.2, 1.0 and 1.1.
+        ours("W6A6", [10.0, 10.0, 10.0], [100.0, 110.0, 91.0]),
+        ours("W4A4", [60.0, 60.0, 44.0], rounds),
+    ]
+    (line,) = _bits_beside_bits(rows)
+    assert line.startswith("ours W4A4, ONNX Runtime takes 1.10 of the time of ours W8A8, ONNX Runtime")
+    assert line.endswith("(median of 3 rounds; half of them 1.05 to 1.15)")
 
 
 def test_the_processor_is_named():
