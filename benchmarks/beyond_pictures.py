@@ -115,21 +115,13 @@ def chart(names: Sequence[str], errors: dict[str, Sequence[float]]) -> Image.Ima
     return picture
 
 
-def _shown(stage: str) -> str:
-    """A part's path in words that fit below an axis."""
-    words = {"layers": "block", "transformer": "", "cross_attn_token_to_image": "token→image"}
-    words |= {"cross_attn_image_to_token": "image→token", "final_attn_token_to_image": "final", "self_attn": "self"}
-    parts = [words.get(part, part) for part in stage.split(".")]
-    return ".".join(part for part in parts if part).replace("block.", "block ")
-
-
 @torch.no_grad()
-def measured(pair: Pair, samples: tuple[PromptedImage, ...]) -> tuple[Passes, tuple[str, ...], tuple[float, ...]]:
-    """Passes of both models, and names and errors of the decoder's parts."""
+def measured(pair: Pair, samples: tuple[PromptedImage, ...]) -> tuple[Passes, tuple[float, ...]]:
+    """Passes of both models, and errors of the decoder's parts."""
     passes = run_passes(pair, samples)
     boxes: list[Tensor] = [sample.boxes for sample in samples]
     meter = StageErrors(pair, boxes, passes.embeddings[0])
-    return passes, meter.names, meter.measure(pair.packed, passes.embeddings[1])
+    return passes, meter.measure(pair.packed, passes.embeddings[1])
 
 
 def main() -> None:
@@ -142,24 +134,25 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="number of the image that is shown")
     parser.add_argument("--out", type=Path, required=True, help="folder for both pictures")
     arguments = options.parse(parser)
-    found, errors, names = {}, {}, ()
+    found, errors = {}, {}
     for text in arguments.packed:
         title, _, folder = text.partition("=")
         pair = open_pair(arguments.model, folder, "cpu")
         samples = diagnosis_images(pair.source, arguments.images, coco=arguments.coco, limit=arguments.limit, prompts=4)
-        found[title], names, errors[title] = measured(pair, samples)
+        found[title], errors[title] = measured(pair, samples)
     focus = pair.sites.focus
     side = pair.sites.family.image_size(pair.source)
-    short = [_shown(name.partition(".transformer.")[2] or name) for name in focus]
+    called = pair.sites.family.names.short
+    short, names = [called(name) for name in focus], [called(moment.name) for moment in pair.sites.moments]
     shown = attention_picture(samples[arguments.show], found, arguments.show, side, focus, short)
-    for name, picture in (("attention", shown), ("course", chart([_shown(each) for each in names], errors))):
+    for name, picture in (("attention", shown), ("course", chart(names, errors))):
         path = arguments.out / f"beyond-{name}.png"
         picture.quantize(PALETTE).save(path, optimize=True)
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
     print()
     options.head("after", *errors)
     for index, name in enumerate(names):
-        options.row(_shown(name), *(f"{each[index]:.3f}" for each in errors.values()))
+        options.row(name, *(f"{each[index]:.3f}" for each in errors.values()))
 
 
 if __name__ == "__main__":

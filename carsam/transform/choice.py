@@ -27,6 +27,7 @@ from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ActivationQuantizer, SoftmaxQuantizer, simulate
 from carsam.quantizers.sampling import step_for
 from carsam.transform import attention_equivalences as equivalences
+from carsam.transform.maps import query_key_map, value_output_map
 from carsam.transform.operands import Refused, operand
 from carsam.transform.rotation import hadamard
 from carsam.transform.statistics import ChannelStatistics, operand_statistics
@@ -75,10 +76,25 @@ def fold_hadamard(model: nn.Module, site: AttentionSite, found: Mapping[str, Cha
     equivalences.map_value_output(model, site, hadamard(part.head_dim).expand(part.heads, -1, -1))
 
 
+def fold_key_map(model: nn.Module, site: AttentionSite, found: Mapping[str, ChannelStatistics]) -> None:
+    """Maps Q and K to second moments that are the same, in channels of one size."""
+    heads = operand(model, site, "query").heads
+    moments = found["query"].moments, found["key"].covariance
+    equivalences.map_query_key(model, site, query_key_map(*moments, heads, shared=bool(site.positions)))
+
+
+def fold_value_map(model: nn.Module, site: AttentionSite, found: Mapping[str, ChannelStatistics]) -> None:
+    """Maps V against the output projection in the same way."""
+    heads, weight = operand(model, site, "value").heads, model.get_submodule(site.output).weight
+    equivalences.map_value_output(model, site, value_output_map(found["value"].covariance, weight.detach(), heads))
+
+
 # In the order in which they are tried; each is kept on top of those before it where it helps.
 FOLDINGS: dict[str, Folding] = {
     "centre values": fold_values,
     "centre keys": fold_keys,
+    "map keys": fold_key_map,
+    "map values": fold_value_map,
     "balance": fold_balance,
     "even values": fold_even_values,
     "hadamard": fold_hadamard,
@@ -89,10 +105,15 @@ FOLDINGS: dict[str, Folding] = {
 CHANGES = {
     "centre values": "value",
     "centre keys": "key",
+    "map keys": "key",
+    "map values": "value",
     "balance": "query",
     "even values": "value",
     "hadamard": "value",
 }
+# What is not tried any more once another is kept: it would read statistics of channels that are mixed by then.
+REPLACED = {"balance": "map keys", "even values": "map values", "hadamard": "map keys"}
+MAPS = ("map keys", "map values")
 
 
 @dataclass(frozen=True)
@@ -318,7 +339,8 @@ def choose_foldings(
     """
     choices = Choices()
     observers = (observer, *(each for each in observers if each != observer))
-    statistics = operand_statistics(model, sites, data, sites.attentions, images)
+    pairs = any(name in foldings for name in MAPS)
+    statistics = operand_statistics(model, sites, data, sites.attentions, images, pairs=pairs)
     calls = captured_calls(model, sites, data, images)
     for site in sites.attentions:
         seen = calls.pop(site.name)
@@ -336,6 +358,9 @@ def choose_foldings(
         search.choose_ranges(("value", "key", "query"))
         for name in (name for name in FOLDINGS if name in foldings):
             # Each reads what those before it leave as it was: means before centring, spreads before scales.
+            if REPLACED.get(name) in search.kept:
+                continue
+
             def change(attempt: nn.Module, name: str = name, site: AttentionSite = site, found: Any = found) -> None:
                 FOLDINGS[name](island(site.name, attempt), site, found)
 

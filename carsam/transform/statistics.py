@@ -16,13 +16,18 @@ OPERANDS = ("query", "key", "value")
 
 @dataclass
 class ChannelStatistics:
-    """Sums over all tokens, per channel (channels,) in float64; ends in float32."""
+    """Sums over all tokens, per channel (channels,) in float64; ends in float32.
 
+    With ``pairs``, products of every two channels are summed as well.
+    """
+
+    pairs: bool = False
     count: int = 0
     total: Tensor | float = 0.0
     squares: Tensor | float = 0.0
     low: Tensor | None = None
     high: Tensor | None = None
+    products: Tensor | float = 0.0
 
     def update(self, values: Tensor) -> None:
         """Takes values (..., channels)."""
@@ -30,6 +35,8 @@ class ChannelStatistics:
         self.count += len(rows)
         self.total = self.total + rows.sum(0, dtype=torch.float64)
         self.squares = self.squares + rows.double().square().sum(0)
+        if self.pairs:
+            self.products = self.products + (rows.T @ rows).double()
         low, high = rows.aminmax(dim=0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
@@ -48,6 +55,16 @@ class ChannelStatistics:
     def std(self) -> Tensor:
         """Standard deviation."""
         return (self.squares / self.count - self.mean.square()).clamp(min=0).sqrt()
+
+    @property
+    def moments(self) -> Tensor:
+        """Mean products of every two channels, (channels, channels)."""
+        return self.products / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """The same around the mean."""
+        return self.moments - self.mean[:, None] * self.mean[None]
 
     @property
     def reach(self) -> Tensor:
@@ -89,6 +106,8 @@ def operand_statistics(
     data: CalibrationSet,
     attentions: Iterable[AttentionSite],
     images: int | None = None,
+    *,
+    pairs: bool = False,
 ) -> dict[str, ChannelStatistics]:
     """Statistics of queries, keys and values by the name of the site, in one pass.
 
@@ -98,6 +117,7 @@ def operand_statistics(
         data: Calibration images with their prompts.
         attentions: Which of them.
         images: Only so many of the images.
+        pairs: Sum products of every two channels as well.
     """
     found: dict[str, ChannelStatistics] = {}
     hooks = []
@@ -105,7 +125,7 @@ def operand_statistics(
         for which in OPERANDS:
             projection = getattr(site, which)
             rows = projection.rows(model.get_submodule(projection.layer).out_features)
-            statistics = found.setdefault(site.operand(which), ChannelStatistics())
+            statistics = found.setdefault(site.operand(which), ChannelStatistics(pairs))
             hooks.append(
                 (projection.layer, lambda _in, out, rows=rows, into=statistics: into.update(out.detach()[..., rows]))
             )

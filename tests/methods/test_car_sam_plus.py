@@ -18,6 +18,7 @@ from carsam.methods.car_sam_plus import PRESETS
 from carsam.models.family import family_of, find_sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
+from carsam.transform.choice import FOLDINGS
 from carsam.transform.operands import Refused
 
 QUICK = {"weight_observer": "min-max", "activation_observer": "min-max"}
@@ -45,7 +46,7 @@ def logits(model, data):
 def test_what_is_chosen_leaves_the_float_model_as_it_is(name):
     model, data = subject(name)
     changed, sites = copy.deepcopy(model), find_sites(model)
-    settings = {"foldings": ["centre values", "centre keys", "balance", "even values", "hadamard"]}
+    settings = {"foldings": list(FOLDINGS)}
     method = create("car-sam-plus", {**QUICK, "equivalences": {**settings, "images": 3, "observers": ["percentile"]}})
     choices = method.choose(changed, sites, data, BitPlan(Bits(4, 4)))
     torch.testing.assert_close(logits(changed, data), logits(model, data), atol=1e-4, rtol=1e-4)
