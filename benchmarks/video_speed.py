@@ -7,7 +7,8 @@ A packed model computes in floating point on its integers (simulated). It is rou
 short clip, which decide no time. Every model runs in a process of its own, so that peaks are its own; quantizing it is
 another process, and with ``--keep`` happens once. Frames are timed once the memory holds as many maps as it ever reads
 (seven); they take as long from there on but for the few tokens of object pointers. What is kept for later frames counts
-the numbers in all tensors of the memory bank after the last frame: with object pointers it is full after 32 frames.
+the numbers in all tensors of the memory bank after the last frame: with object pointers it is full after 32 frames. CPU
+seconds are what all threads took for a frame; with ``--threads 1`` they hold on a machine that does other work as well.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from carsam.run.memory import peak_memory
 SIZES = "tiny,small,base-plus,large"
 # Maps that memory attention reads at most, in every published size.
 FILLING = 7
-Measured = tuple[float, int, int]
+Measured = tuple[float, float, int, int]
 
 
 def pack(size: str, side: int, bits: str, folder: Path) -> None:
@@ -45,7 +46,7 @@ def pack(size: str, side: int, bits: str, folder: Path) -> None:
 
 
 def measure(size: str, side: int, frames: int, threads: int, packed: Path | None, device: str) -> Measured:
-    """Frames a second, peak memory in bytes, and numbers kept in memory; of the float model without ``packed``."""
+    """Frames a second, CPU seconds each, peak memory in bytes, numbers kept; of the float model without ``packed``."""
     torch.set_num_threads(threads)
     model = random_sam2(size, side, video=True) if packed is None else carsam.load(packed)
     predictor = SamVideoPredictor(model.to(device).eval())
@@ -55,14 +56,14 @@ def measure(size: str, side: int, frames: int, threads: int, packed: Path | None
     mask = np.zeros((side, side), bool)
     mask[side // 4 : side // 2, side // 4 : side // 2] = True
     predictor.add_new_mask(state, 0, 1, mask)
-    started = time.perf_counter()
+    started = computed = 0.0
     for index, _ in enumerate(predictor.track(state)):
         if index == FILLING - 1:
-            started = time.perf_counter()
+            started, computed = time.perf_counter(), time.process_time()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    return frames / seconds, peak_memory(torch.device(device)), state.tracker.kept()
+    seconds, computed = time.perf_counter() - started, time.process_time() - computed
+    return frames / seconds, computed / frames, peak_memory(torch.device(device)), state.tracker.kept()
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep", type=Path, help="folder of packed models, which are used again")
     arguments = options.parse(parser)
-    columns = ("frames", "frames a second", "peak memory", "kept for later frames")
+    columns = ("frames", "frames a second", "CPU seconds a frame", "peak memory", "kept for later frames")
     options.head("model", "input", "weights and activations", *columns)
     context = multiprocessing.get_context("spawn")
     side, threads = arguments.image_size, torch.get_num_threads()
@@ -87,8 +88,8 @@ def main() -> None:
             for title, folder in (("float", None), (f"simulated {arguments.bits.upper()}", packed)):
                 values = (size, side, arguments.frames, threads, folder, arguments.device)
                 with context.Pool(1) as pool:
-                    speed, memory, kept = pool.apply(measure, values)
-                told = (f"{speed:.2f}", f"{memory / 2**30:.2f} GiB", f"{kept / 1e6:.2f} M")
+                    speed, computed, memory, kept = pool.apply(measure, values)
+                told = (f"{speed:.2f}", f"{computed:.2f}", f"{memory / 2**30:.2f} GiB", f"{kept / 1e6:.2f} M")
                 options.row(size, f"{side} px", title, FILLING + arguments.frames, *told)
 
 
