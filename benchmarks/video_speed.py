@@ -6,7 +6,8 @@
 A packed model computes in floating point on its integers (simulated). It is rounded to nearest with the ranges of one
 short clip, which decide no time. Every model runs in a process of its own, so that peaks are its own; quantizing it is
 another process, and with ``--keep`` happens once. Frames are timed once the memory holds as many maps as it ever reads
-(seven); they take as long from there on but for the few tokens of object pointers. What is kept for later frames counts
+(seven); they take as long from there on but for the few tokens of object pointers. ``--shown 7`` fills it in less time: a
+frame that shows the object reads no memory. What is kept for later frames counts
 the numbers in all tensors of the memory bank after the last frame: with object pointers it is full after 32 frames. CPU
 seconds are what all threads took for a frame; with ``--threads 1`` they hold on a machine that does other work as well.
 """
@@ -45,7 +46,7 @@ def pack(size: str, side: int, bits: str, folder: Path) -> None:
     carsam.quantize(random_sam2(size, side, video=True), data, QuantizeConfig("rtn", settings, bits), out=folder)
 
 
-def measure(size: str, side: int, frames: int, threads: int, packed: Path | None, device: str) -> Measured:
+def measure(size: str, side: int, shown: int, frames: int, threads: int, packed: Path | None, device: str) -> Measured:
     """Frames a second, CPU seconds each, peak memory in bytes, numbers kept; of the float model without ``packed``."""
     torch.set_num_threads(threads)
     model = random_sam2(size, side, video=True) if packed is None else carsam.load(packed)
@@ -55,7 +56,8 @@ def measure(size: str, side: int, frames: int, threads: int, packed: Path | None
     state = predictor.init_state(clip)
     mask = np.zeros((side, side), bool)
     mask[side // 4 : side // 2, side // 4 : side // 2] = True
-    predictor.add_new_mask(state, 0, 1, mask)
+    for frame in range(shown):
+        predictor.add_new_mask(state, frame, 1, mask)
     started = computed = 0.0
     for index, _ in enumerate(predictor.track(state)):
         if index == FILLING - 1:
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--frames", type=int, default=4, help="timed frames")
+    parser.add_argument("--shown", type=int, default=1, help="first frames whose mask is given")
     parser.add_argument("--bits", default="w4a4")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep", type=Path, help="folder of packed models, which are used again")
@@ -86,7 +89,7 @@ def main() -> None:
                 with context.Pool(1) as pool:
                     pool.apply(pack, (size, side, arguments.bits, packed))
             for title, folder in (("float", None), (f"simulated {arguments.bits.upper()}", packed)):
-                values = (size, side, arguments.frames, threads, folder, arguments.device)
+                values = (size, side, arguments.shown, arguments.frames, threads, folder, arguments.device)
                 with context.Pool(1) as pool:
                     speed, computed, memory, kept = pool.apply(measure, values)
                 told = (f"{speed:.2f}", f"{computed:.2f}", f"{memory / 2**30:.2f} GiB", f"{kept / 1e6:.2f} M")
