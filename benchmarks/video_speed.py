@@ -5,11 +5,13 @@
 
 A packed model computes in floating point on its integers (simulated). It is rounded to nearest with the ranges of one
 short clip, which decide no time. Every model runs in a process of its own, so that peaks are its own; quantizing it is
-another process, and with ``--keep`` happens once. Frames are timed once the memory holds as many maps as it ever reads
-(seven); they take as long from there on but for the few tokens of object pointers. ``--shown 7`` fills it in less time: a
-frame that shows the object reads no memory. What is kept for later frames counts
-the numbers in all tensors of the memory bank after the last frame: with object pointers it is full after 32 frames. CPU
-seconds are what all threads took for a frame; with ``--threads 1`` they hold on a machine that does other work as well.
+another process, and with ``--keep`` happens once.
+
+Frames are timed once the memory holds as many maps as it ever reads (seven); they take as long from there on but for
+the few tokens of object pointers. ``--shown 7`` fills it in less time: a frame that shows the object reads no memory.
+What is kept for later frames counts the numbers in all tensors of the memory bank after the last frame: with object
+pointers it is full after 32 frames. CPU seconds are what all threads took for a frame; with ``--threads 1`` they hold
+on a machine that does other work as well.
 """
 
 from __future__ import annotations
