@@ -83,7 +83,7 @@ def score_error(query, key):
 
 @few
 @given(SEEDS)
-def test_scores_lose_less_than_by_the_balance(seed):
+def test_scores_lose_less_than_half_of_what_they_lose_by_the_balance(seed):
     query, key = correlated(seed)
     found = ChannelStatistics(pairs=True), ChannelStatistics(pairs=True)
     for statistics, values in zip(found, (query, key)):
@@ -99,7 +99,8 @@ def test_scores_lose_less_than_by_the_balance(seed):
 
     by_map = score_error(mapped(query, m), mapped(key, torch.linalg.inv(m).mT))
     t = balance(*found, HEADS, shared=False).float()
-    assert by_map < score_error(query * t, key / t) and by_map < score_error(query, key)
+    # Channels that go together are what no diagonal can even out; a quarter is usual here.
+    assert by_map < 0.5 * min(score_error(query * t, key / t), score_error(query, key))
 
 
 def test_heads_that_share_their_positions_share_their_map():
