@@ -166,9 +166,12 @@ def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_prec
             lowered.append(facts)
         nodes += stretch.nodes
         constants += stretch.constants
+    constants = [*graph.initializer, *constants]
+    last = [node.name for node in nodes if node.op_type == "Transpose" and node.name.endswith(f"/{LAST}")]
+    nodes = sunk(nodes, constants, [output.name for output in graph.output], last)
     halved = []
     kept = []
-    for tensor in (*graph.initializer, *constants):
+    for tensor in constants:
         smaller = _halved(tensor) if half_precision else None
         if smaller is None:
             kept.append(tensor)
@@ -177,8 +180,6 @@ def _filled(graph: onnx.GraphProto, sites: Mapping[str, nn.Module], *, half_prec
         halved.append(
             helper.make_node("Cast", [smaller.name], [tensor.name], name=f"{tensor.name}/Cast", to=TensorProto.FLOAT)
         )
-    last = [node.name for node in nodes if node.op_type == "Transpose" and node.name.endswith(f"/{LAST}")]
-    nodes = sunk(nodes, kept, [output.name for output in graph.output], last)
     result = helper.make_graph([*halved, *nodes], graph.name, graph.input, graph.output, kept)
     return Half(result, tuple(lowered))
 

@@ -36,3 +36,20 @@ def test_a_transpose_moves_only_where_codes_alone_are_read(read_as_floats, run_s
     assert order.index("Transpose") == (0 if read_as_floats else order.index("Clip") + 1)
     for found, wanted in zip(run_stretch(stretch, {"x": x}, ["y", "z"]), expected):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_transpose_moves_to_a_convolution_with_the_numbers_of_its_channels(run_stretch):
+    stretch = Stretch("site")
+    first = stretch.node("Transpose", "x", perm=[0, 3, 1, 2], name="move")
+    step = stretch.constant("step", np.array([0.5, 0.25, 2.0]).reshape(1, 3, 1, 1), np.float32)
+    low = stretch.constant("low", np.array([-2.0, -1.0, 0.0]).reshape(1, 3, 1, 1), np.float32)
+    steps = stretch.node("Max", stretch.node("Round", stretch.node("Div", stretch.node("Erf", first), step)), low)
+    decoded = stretch.node("Mul", steps, step)
+    weight = stretch.constant("weight", np.arange(27).reshape(3, 1, 3, 3), np.float32)
+    stretch.node("Conv", decoded, weight, group=3, outputs=["y"])
+    x = np.random.default_rng(0).standard_normal((1, 4, 5, 3)).astype(np.float32)
+    (expected,) = run_stretch(stretch, {"x": x}, ["y"])
+    stretch.nodes = sunk(stretch.nodes, stretch.constants, ["y"], ["site/move"])
+    assert [node.op_type for node in stretch.nodes] == ["Erf", "Div", "Round", "Max", "Mul", "Transpose", "Conv"]
+    (found,) = run_stretch(stretch, {"x": x}, ["y"])
+    np.testing.assert_array_equal(found, expected)
