@@ -172,12 +172,13 @@ def measure(
 
 
 def _opened(subject: Subject, work: Work, pixels: Inputs, prompts: Inputs, stack: ExitStack) -> _Open:
-    """Starts a subject and runs it once, which compiles what is compiled late."""
+    """Starts a subject and runs it twice: the first run compiles, and plans the memory that the second takes."""
     spec, size = prepared(subject, work)
     process = stack.enter_context(SubjectProcess(spec))
     row = Row(subject.name, subject.ours, subject.versions(), file_bytes=size, opened_seconds=process.seconds)
-    _, image = process.run("encoder", pixels, keep=True)
-    process.run("decoder", {**image, **prompts})
+    for _ in range(2):
+        _, image = process.run("encoder", pixels, keep=True)
+        process.run("decoder", {**image, **prompts})
     row.peak_bytes = process.peak_bytes()
     return _Open(row, process, image)
 
