@@ -9,7 +9,11 @@ from torch import Tensor
 
 from carsam.quantizers.affine import decode, encode, qmax
 from carsam.quantizers.grouped import ChannelRecord, channel_grids
+from carsam.quantizers.sampling import odd_step_within
 from carsam.quantizers.site import SiteQuantizer
+
+# Places of a map whose values are kept from one forward pass.
+PLACES = 2048
 
 
 class ChannelQuantizer(SiteQuantizer):
@@ -90,9 +94,15 @@ class ChannelsRecord(ChannelRecord):
         super().__init__()
         self._maps = maps
 
-    def update(self, values: Tensor, **context: Any) -> None:
+    def update(self, values: Tensor, **_: Any) -> None:
         """Takes the values of one forward pass, channels where the quantizer has them."""
-        super().update(values.permute(0, 2, 3, 1) if self._maps else values, **context)
+        values = values.detach()
+        rows = (values.permute(0, 2, 3, 1) if self._maps else values).flatten(0, -2)
+        low, high = rows.aminmax(dim=0)
+        self.lows.append(low.cpu())
+        self.highs.append(high.cpu())
+        # An odd step: one that divides a map's width would see its first column alone.
+        self.samples.append(rows[:: odd_step_within(len(rows), PLACES)].to("cpu", torch.float32).clone())
 
     def fit(self, quantizer: ChannelQuantizer, observer: str) -> None:
         """Gives each channel the grid that the observer makes of its values."""

@@ -83,6 +83,17 @@ def test_channels_of_different_size_lose_less_than_with_one_step():
     assert errors[1] < 0.03 * target.var().item()
 
 
+@torch.no_grad()
+def test_ranges_come_from_all_columns_of_a_map():
+    """A map whose first column is all but empty, as images padded at a side are."""
+    x = torch.randn(1, 64, 256, 256, generator=torch.Generator().manual_seed(0))
+    x[..., 0] *= 0.01
+    grid = calibrated(ChannelQuantizer(4, maps=1), x)
+    whole = calibrated(ActivationQuantizer(4), x[:, :1, :, 1:])
+    # Both searches take steps of a tenth; the first column alone would ask for a hundredth.
+    assert grid.scale[0].item() == pytest.approx(whole.scale.item(), rel=0.2)
+
+
 def test_gradients_of_the_steps_are_those_of_the_channels_alone():
     x = (1.5 * maps(1)).requires_grad_()
     quantizer = calibrated(ChannelQuantizer(4, maps=1), maps())
