@@ -32,7 +32,7 @@ from carsam.prompts.diagnosis import diagnosis_images
 from carsam.prompts.image import PromptedImage
 
 # Pixels: a heat map, the space between, titles, the chart.
-SIDE, GAP, TITLE = 220, 8, 22
+SIDE, GAP, TITLE = 250, 8, 22
 CHART, LEFT, BOTTOM = (860, 340), 64, 92
 INK, FAINT = (40, 40, 40), (215, 215, 215)
 # Okabe and Ito's colours: told apart with colour blindness.
@@ -61,12 +61,14 @@ def attention_picture(
     pixels, box = sample.read(), [float(value) for value in sample.image_boxes[0]]
     titles = ["float", *found]
     width = len(titles) * (SIDE + GAP) + GAP
-    picture = Image.new("RGB", (width, len(names) * (SIDE + TITLE + GAP) + TITLE), "white")
+    aspect = min(1.0, pixels.shape[0] / pixels.shape[1])
+    step = round(SIDE * aspect) + TITLE + GAP
+    picture = Image.new("RGB", (width, len(names) * step + TITLE), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     for column, title in enumerate(titles):
         draw.text((GAP + column * (SIDE + GAP), 4), title, INK, font)
     for row, (name, called) in enumerate(zip(names, short)):
-        top = TITLE + row * (SIDE + TITLE + GAP)
+        top = TITLE + row * step
         floating = next(iter(found.values())).outcomes[index].focus[name][0]
         peak = floating.mean(0).max().item()
         maps = [floating, *(each.outcomes[index].focus[name][1] for each in found.values())]
@@ -75,7 +77,11 @@ def attention_picture(
             heat.thumbnail((SIDE, SIDE))
             left = GAP + column * (SIDE + GAP)
             picture.paste(heat, (left, top))
-            text = called if column == 0 else f"focus kept: {focus_overlap(floating, values).mean().item():.2f}"
+            text = (
+                called.rpartition("decoder.")[2]
+                if column == 0
+                else f"focus kept: {focus_overlap(floating, values).mean().item():.2f}"
+            )
             draw.text((left, top + heat.height + 3), text, INK, font)
     return picture
 
@@ -104,8 +110,9 @@ def chart(names: Sequence[str], errors: dict[str, Sequence[float]]) -> Image.Ima
     for index, name in enumerate(names):
         x, y = place(index, 10.0**low)
         draw.line([(x, y), (x, y + 5)], INK)
-        for number, part in enumerate(name.split(".")):
-            draw.text((min(x, CHART[0] - 70) - 20, y + 8 + 15 * number), part, INK, font)
+        draw.text((x - 4, y + 8), str(index + 1), INK, font)
+        column, row = divmod(index, 3)
+        draw.text((LEFT + 255 * column, y + 28 + 16 * row), f"{index + 1}  {name}", INK, font)
     for (title, each), color, number in zip(errors.items(), COLORS, range(len(errors))):
         points = [place(index, value) for index, value in enumerate(each)]
         draw.line(points, color, 3, joint="curve")
