@@ -112,7 +112,7 @@ def chart(names: Sequence[str], errors: dict[str, Sequence[float]]) -> Image.Ima
         draw.line([(x, y), (x, y + 5)], INK)
         draw.text((x - 4, y + 8), str(index + 1), INK, font)
         column, row = divmod(index, 3)
-        draw.text((LEFT + 255 * column, y + 28 + 16 * row), f"{index + 1}  {name}", INK, font)
+        draw.text((LEFT + 265 * column, y + 28 + 16 * row), f"{index + 1}  {name.removeprefix('decoder.')}", INK, font)
     for (title, each), color, number in zip(errors.items(), COLORS, range(len(errors))):
         points = [place(index, value) for index, value in enumerate(each)]
         draw.line(points, color, 3, joint="curve")
