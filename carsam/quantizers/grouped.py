@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from carsam.quantizers.affine import decode, encode, grid_from_range, qmax
 from carsam.quantizers.ranges import PERCENTILE, observed_grid
 from carsam.quantizers.record import SAMPLE_SIZE, Record
-from carsam.quantizers.sampling import step_for
+from carsam.quantizers.sampling import odd_step_for
 from carsam.quantizers.site import SiteQuantizer
 
 GROUPS = 4
@@ -233,7 +233,8 @@ class ChannelRecord(Record):
         low, high = rows.aminmax(dim=0)
         self.lows.append(low.cpu())
         self.highs.append(high.cpu())
-        self.samples.append(rows[:: step_for(rows.numel(), SAMPLE_SIZE)].to("cpu", torch.float32).clone())
+        # An odd step: one that divides a map's width would see its first column alone.
+        self.samples.append(rows[:: odd_step_for(rows.numel(), SAMPLE_SIZE)].to("cpu", torch.float32).clone())
 
     def fit(self, quantizer: GroupedQuantizer, observer: str) -> None:
         """Gives each channel the grid that the observer makes of its values, and groups channels by these.
