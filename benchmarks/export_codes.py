@@ -15,7 +15,6 @@ rounding, and the masks drift apart. The third does not, if the files are right:
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from export_masks import ious, prompted
+from export_masks import ious, parsed, prompted, simulated
 from onnx import helper
 from torch import Tensor, nn
 
@@ -38,7 +37,6 @@ from carsam.export.markers import ATTENTION, DOMAIN
 from carsam.export.trace import call_of, lower, site_of, trace_marks
 from carsam.models.attention import MatMulQuantizers
 from carsam.models.family import family_of
-from carsam.models.forward import predict_logits
 from carsam.pack.checkpoint import open_model
 from carsam.pack.layers import PackedLayer
 from carsam.quantizers import ActivationQuantizer, UniformSoftmax
@@ -237,15 +235,10 @@ class Codes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="packed folder")
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--coco", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=0, help="images")
-    arguments = parser.parse_args()
+    arguments = parsed(__doc__)
     model = open_model(arguments.model).eval().requires_grad_(False)
-    family, preprocess = family_of(model), Preprocessor.for_model(model)
-    marked = trace_marks(model, family)
+    preprocess = Preprocessor.for_model(model)
+    marked = trace_marks(model, family_of(model))
     halves = [Interpreted(graph, marked.sites) for graph in (marked.encoder, marked.decoder)]
     exact = with_exact_sums(model)
     simulations = {"simulated": model, "simulated, exact sums": exact}
@@ -265,7 +258,7 @@ def main() -> None:
             reference = {**halves[0].codes, **halves[1].codes}
             for name, each in simulations.items():
                 with torch.no_grad():
-                    logits = predict_logits(each, family.encode_image(each, pixels), boxes=boxes)[0][:, 0]
+                    logits = simulated(each, pixels, boxes)
                 agreement[name] += ious(logits, expected)
                 for site, values in codes[name].found.items():
                     if site in reference and reference[site].shape == values.shape:

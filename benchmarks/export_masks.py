@@ -83,13 +83,18 @@ def prompted(
         yield values, geometry, geometry.boxes_to_input(torch.tensor(boxes[image["id"]], dtype=torch.float32))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed(description: str | None) -> argparse.Namespace:
+    """The command line: a packed folder, images and their boxes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="packed folder")
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--coco", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=0, help="images")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed(__doc__)
     model = open_model(arguments.model)
     family, preprocess = family_of(model), Preprocessor.for_model(model)
     wide = copy.deepcopy(model).double()

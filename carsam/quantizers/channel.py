@@ -94,15 +94,12 @@ class ChannelsRecord(ChannelRecord):
         super().__init__()
         self._maps = maps
 
-    def update(self, values: Tensor, **_: Any) -> None:
+    def update(self, values: Tensor, **context: Any) -> None:
         """Takes the values of one forward pass, channels where the quantizer has them."""
-        values = values.detach()
-        rows = (values.permute(0, 2, 3, 1) if self._maps else values).flatten(0, -2)
-        low, high = rows.aminmax(dim=0)
-        self.lows.append(low.cpu())
-        self.highs.append(high.cpu())
-        # An odd step: one that divides a map's width would see its first column alone.
-        self.samples.append(rows[:: odd_step_within(len(rows), PLACES)].to("cpu", torch.float32).clone())
+        super().update(values.permute(0, 2, 3, 1) if self._maps else values, **context)
+
+    def _step(self, rows: Tensor) -> int:
+        return odd_step_within(len(rows), PLACES)
 
     def fit(self, quantizer: ChannelQuantizer, observer: str) -> None:
         """Gives each channel the grid that the observer makes of its values."""

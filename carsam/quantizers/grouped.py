@@ -233,8 +233,11 @@ class ChannelRecord(Record):
         low, high = rows.aminmax(dim=0)
         self.lows.append(low.cpu())
         self.highs.append(high.cpu())
-        # An odd step: one that divides a map's width would see its first column alone.
-        self.samples.append(rows[:: odd_step_for(rows.numel(), SAMPLE_SIZE)].to("cpu", torch.float32).clone())
+        self.samples.append(rows[:: self._step(rows)].to("cpu", torch.float32).clone())
+
+    def _step(self, rows: Tensor) -> int:
+        """Between the rows (n, channels) that are kept: odd, since one that divides a map's width sees one column."""
+        return odd_step_for(rows.numel(), SAMPLE_SIZE)
 
     def fit(self, quantizer: GroupedQuantizer, observer: str) -> None:
         """Gives each channel the grid that the observer makes of its values, and groups channels by these.
