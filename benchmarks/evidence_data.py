@@ -46,6 +46,7 @@ class Places:
     litemedsam: Path = ROOT / "runs" / "litemedsam" / "lite_medsam.pth"
     work: Path = ROOT / "runs" / "evidence"
     embedded: Path = ROOT / "embedded" / "sam-nano-256"
+    embedded_sam2: Path = ROOT / "embedded" / "sam2-nano-256"
 
     def calibration_and_evaluation(self, name: str, held_out: bool) -> tuple[Images, Images]:
         """Both data sets of a row.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from evidence_data import ROOT, Images, Places
 from evidence_rows import Row
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Sam2Model
 
 import carsam
 from carsam.data.coco.ground_truth import GroundTruth
@@ -73,8 +73,16 @@ class Bench:
     def _model(self, subject: str) -> PreTrainedModel:
         if subject == "litemedsam":
             return load_model(self.places.litemedsam)
+        if subject == "sam2":
+            return self._images_alone()
         model = load_model(self.places.embedded)
         return model if subject == "embedded" else stress(model, float(subject.removeprefix("twin-")))
+
+    def _images_alone(self) -> PreTrainedModel:
+        """The embedded SAM 2 without its memory, as transformers saves it."""
+        with tempfile.TemporaryDirectory(prefix="carsam-evidence-") as folder:
+            Sam2Model.from_pretrained(self.places.embedded_sam2).save_pretrained(folder)
+            return load_model(folder)
 
     def _calibration(self, subject: str, coco: Path, images: Path, count: int, boxes: int, seed: int) -> CalibrationSet:
         settings = {"n_images": count, "boxes_per_image": boxes, "seed": seed}

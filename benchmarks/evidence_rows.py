@@ -20,7 +20,7 @@ from carsam.settings import build
 
 FLOAT = "float"
 SCOPES = ("decoder", "whole")
-SUBJECTS = ("litemedsam", "embedded", "twin")
+SUBJECTS = ("litemedsam", "embedded", "sam2", "twin")
 DATA = ("medical", "coco", "embedded")
 # Ends the name of a data set whose calibration images are split: some calibrate, the others judge.
 HELD_OUT = "-held-out"
@@ -37,7 +37,8 @@ class Row:
         settings: The method's settings that differ from its defaults.
         overrides: Bits by site pattern.
         bits: As ``w4a4``; ``float`` for the float model.
-        subject: ``litemedsam``, ``embedded``, or ``twin-T`` (the embedded model stressed by T, as ``twin-1``).
+        subject: ``litemedsam``, ``embedded``, ``sam2`` (the embedded SAM 2 without its memory), or ``twin-T`` (the
+            embedded model stressed by T, as ``twin-1``).
         scope: ``decoder`` leaves the image encoder in floating point; ``whole`` quantizes both.
         data: ``medical``, ``coco`` or ``embedded``; with ``-held-out``, calibration and evaluation share the
             calibration images out between them.
@@ -68,9 +69,9 @@ class Row:
     def __post_init__(self):
         if not self.label or len(self.label) > 100:
             raise ConfigError("a row needs a label of at most 100 characters.")
-        if self.subject not in SUBJECTS[:2] and self.strength is None:
+        if self.subject not in SUBJECTS[:-1] and self.strength is None:
             raise ConfigError(
-                f"unknown subject {self.subject!r}; choose from litemedsam, embedded, twin-1 (any number)."
+                f"unknown subject {self.subject!r}; choose from litemedsam, embedded, sam2, twin-1 (any number)."
             )
         for name, value, known in (("scope", self.scope, SCOPES), ("data", self.base_data, DATA)):
             if value not in known:
