@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from evidence_data import ROOT, Images, Places
 from evidence_rows import Row
-from transformers import PreTrainedModel, Sam2Model
+from transformers import PreTrainedModel
 
 import carsam
 from carsam.data.coco.ground_truth import GroundTruth
@@ -31,7 +31,7 @@ from carsam.evaluate.coco_metrics import evaluate_coco
 from carsam.evaluate.points import evaluate_points
 from carsam.evaluate.scores import CocoResult, dice
 from carsam.methods.base import create
-from carsam.models.family import find_sites
+from carsam.models.family import families, find_sites
 from carsam.models.load import load_model
 from carsam.pack.checkpoint import folder_size
 from carsam.pipeline import QuantizeResult, quantize
@@ -81,7 +81,7 @@ class Bench:
     def _images_alone(self) -> PreTrainedModel:
         """The embedded SAM 2 without its memory, as transformers saves it."""
         with tempfile.TemporaryDirectory(prefix="carsam-evidence-") as folder:
-            Sam2Model.from_pretrained(self.places.embedded_sam2).save_pretrained(folder)
+            families()["sam2"].model_class.from_pretrained(self.places.embedded_sam2).save_pretrained(folder)
             return load_model(folder)
 
     def _calibration(self, subject: str, coco: Path, images: Path, count: int, boxes: int, seed: int) -> CalibrationSet:

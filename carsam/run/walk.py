@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from carsam.models.family import DECODER, ENCODED, Part, Stage, Tensors
 from carsam.models.forward import encode_image
 from carsam.models.sites import Sites
 from carsam.prompts.calibration import CalibrationImage, CalibrationSet
-from carsam.quantizers import QuantizedLayer, simulate
+from carsam.quantizers import QuantizedLayer, SiteQuantizer, simulate
 from carsam.reconstruct.layerwise import optimise_layers
 from carsam.reconstruct.masks import MaskReport, MaskWeights, mask_weights, tune_on_masks
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData, UnitReport, relative_errors, unit_seed
@@ -214,7 +214,10 @@ class Walk:
 
     def _settle(self, unit: Unit, data: UnitData, keep: Callable[[tuple[Tensor, ...]], None] | None) -> None:
         number, steps = self.units.index(unit), self.method.steps_for(unit, self.sites)
-        self.key = fingerprint(self.key, unit.name, unit.scope, self.method.unit_settings(unit, self.sites))
+        # Grids too: a unit kept with one step for an input must not be given to a model with a step for each channel.
+        grids = {name: quantizer.spec() for name, quantizer in self._quantizers(unit)}
+        settings = self.method.unit_settings(unit, self.sites)
+        self.key = fingerprint(self.key, unit.name, unit.scope, settings, grids)
         finished = self.context.store.load(self.key, self.model, unit.name)
         if finished is not None:
             self.context.hooks.unit_found(unit.name)
@@ -233,6 +236,12 @@ class Walk:
             self.context.store.save(self.key, self.model, unit, report, mac)
         self.report.units.append(finished[0])
         self.report.compensations.extend(finished[1])
+
+    def _quantizers(self, unit: Unit) -> Iterator[tuple[str, SiteQuantizer]]:
+        for path, module in zip(unit.scope, unit.modules(self.model)):
+            for name, each in module.named_modules():
+                if isinstance(each, SiteQuantizer):
+                    yield f"{path}.{name}", each
 
     def _quantize_unit(
         self, unit: Unit, data: UnitData, steps: int, progress: Callable[[int], None]

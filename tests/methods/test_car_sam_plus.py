@@ -16,6 +16,7 @@ from carsam.errors import ConfigError
 from carsam.methods.base import create
 from carsam.methods.car_sam_plus import PRESETS
 from carsam.models.family import family_of, find_sites
+from carsam.pipeline import quantize
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
 from carsam.transform.choice import FOLDINGS
@@ -114,12 +115,15 @@ def test_a_grid_of_p_that_is_asked_for_is_not_chosen():
     assert create("car-sam-plus", {"depthwise": "tensor", "equivalences": {"softmax": ["uniform"]}}).notes == ""
 
 
-def test_inputs_of_depthwise_convolutions_alone_have_a_step_for_each_channel():
+def test_inputs_of_depthwise_convolutions_alone_have_a_step_for_each_channel(tmp_path):
+    """Both forms share a folder of finished units, and neither is given the other's."""
     model, data = subject("tinyvit")
     sites = find_sites(model)
-    quick = {**QUICK, "learn": False, "refit": {"enabled": False}, "equivalences": {"images": 2, "smoothing": []}}
+    choices = {"images": 2, "smoothing": [], "shift": False, "observers": []}
+    quick = {**QUICK, "learn": False, "refit": {"enabled": False}, "equivalences": choices}
     for asked, grid in (("channel", "channel"), ("tensor", "uniform")):
-        result = carsam.quantize(model, data, QuantizeConfig("car-sam-plus", {**quick, "depthwise": asked}))
+        config = QuantizeConfig("car-sam-plus", {**quick, "depthwise": asked})
+        result = quantize(model, data, config, unit_cache=tmp_path)
         layers = result.model.config.quantization_config.layout["layers"]
         for site in sites.layers:
             alone = getattr(model.get_submodule(site.name), "groups", 1) > 1
