@@ -17,11 +17,12 @@ from carsam.methods.car_sam import CarSam
 from carsam.models.sites import DEPTHWISE, ResidualStream, Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ChannelQuantizer, SiteQuantizer, SoftmaxQuantizer, UniformSoftmax, softmax_grids
-from carsam.quantizers.ranges import OBSERVERS
+from carsam.quantizers.ranges import OBSERVERS, Range
 from carsam.reconstruct.layerwise import execution_order
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.units import Unit, run_unit
 from carsam.transform.choice import FOLDINGS, Choices, choose_foldings
+from carsam.transform.learned_maps import learn_maps
 from carsam.transform.norm_choice import choose_norms
 from carsam.transform.operands import Refused
 from carsam.transform.range_choice import choose_ranges
@@ -47,6 +48,9 @@ class EquivalenceSettings:
             for a layer's input by that of the layer's.
         rotation: Rotate the residual stream of the image encoder.
         images: Calibration images that choices are made on; every third of them judges.
+        map_steps: Steps in which maps of heads are learned at every attention, with the ranges of Q, K, V and of the
+            output projection's input; 0 leaves both as they were chosen.
+        map_images: Calibration images that they are learned on; every third judges.
         strict: Refuse the whole run where a family's table forbids an equivalence. Otherwise it is left out there, with
             the reason in a warning and in the reports.
     """
@@ -58,6 +62,8 @@ class EquivalenceSettings:
     observers: tuple[str, ...] = ("percentile", "min-max")
     rotation: bool = False
     images: int = 9
+    map_steps: int = 200
+    map_images: int = 18
     strict: bool = False
 
     def __post_init__(self):
@@ -73,8 +79,8 @@ class EquivalenceSettings:
             raise ConfigError("at least one grid of softmax outputs must be left to choose from.")
         if not all(0 <= strength <= 1 for strength in self.smoothing):
             raise ConfigError(f"strengths of the smoothing must lie in 0 to 1, not {list(self.smoothing)}.")
-        if self.images < 1:
-            raise ConfigError("equivalences need at least one image.")
+        if min(self.images, self.map_images) < 1 or self.map_steps < 0:
+            raise ConfigError("equivalences need at least one image, and map_steps must not be negative.")
 
 
 def _reconstruction() -> ReconstructionSettings:
@@ -185,12 +191,27 @@ class CarSamPlus(CarSam):
             strict=settings.strict,
         )
         reports += choices.reports
-        ranges = dict(choices.ranges)
+        ranges: dict[str, str | Range] = dict(choices.ranges)
+        if settings.map_steps:
+            learned, noted = learn_maps(
+                model,
+                sites,
+                data,
+                plan,
+                softmax=lambda grid, _site, bits: self.softmax_of(grid, bits),
+                grids=choices.softmax,
+                observer=self.activation_observer,
+                ranges=ranges,
+                steps=settings.map_steps,
+                images=settings.map_images,
+            )
+            ranges |= learned
+            reports += noted
         if settings.observers:
             usual = self.activation_observer
             observers = (usual, *(each for each in settings.observers if each != usual))
             # A channel of its own needs no choice: its range serves one filter.
-            alone = {site.name for site in sites.layers if self._per_channel(site.role)}
+            alone = {site.name for site in sites.layers if self._per_channel(site.role) or site.input in ranges}
             found, noted = choose_ranges(
                 model, sites, data, plan, observers=observers, leave=alone, images=settings.images
             )

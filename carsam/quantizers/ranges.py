@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,20 @@ HISTOGRAM_BINS = 2048
 PERCENTILE = 0.9999
 
 
-def observed_grid(observer: str, lows: Tensor, highs: Tensor, sample: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+class Range(NamedTuple):
+    """Ends of a grid that something else than an observer decided; it stands where an observer's name may stand."""
+
+    low: float
+    high: float
+
+
+def observed_grid(
+    observer: str | Range, lows: Tensor, highs: Tensor, sample: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
     """Step and zero point (scalars) that an observer makes of a site's values.
 
     Args:
-        observer: One of :data:`OBSERVERS`.
+        observer: One of :data:`OBSERVERS`, or the range itself.
         lows, highs: (passes,) exact ends of the values of every forward pass.
         sample: (n,) values of all passes.
         bits: Bits of a code.
@@ -24,6 +35,8 @@ def observed_grid(observer: str, lows: Tensor, highs: Tensor, sample: Tensor, bi
     Raises:
         ConfigError: The observer is unknown.
     """
+    if isinstance(observer, Range):
+        return grid_from_range(torch.tensor(observer.low), torch.tensor(observer.high), bits)
     if observer not in OBSERVERS:
         raise ConfigError(f"unknown observer {observer!r}; choose from {', '.join(OBSERVERS)}.")
     return OBSERVERS[observer](lows, highs, sample, bits)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from carsam.quantizers.affine import qmax
 from carsam.quantizers.grid import Grid
+from carsam.quantizers.ranges import Range
 from carsam.quantizers.record import Record
 from carsam.quantizers.simulation import channels_last, current, keep_mask_like
 
@@ -74,7 +75,7 @@ class SiteQuantizer(Grid):
     it is calibrated (:meth:`record`), and the codes that the packed form stands for (:meth:`encode`, :meth:`decode`).
 
     Attributes:
-        observer: Range search chosen for this very site; None takes the one that calibration asks for.
+        observer: Range search chosen for this very site, or its range; None takes the one that calibration asks for.
         learns_scale: Whether reconstruction learns the scale (LSQ); False keeps the one that calibration found.
         per_channel: Whether channels (the last dimension) have grids of their own.
 
@@ -90,7 +91,7 @@ class SiteQuantizer(Grid):
         super().__init__()
         self.bits = bits
         self.always = always
-        self.observer: str | None = None
+        self.observer: str | Range | None = None
         self.learned: nn.Parameter | None = None
         self.relative = True
         if bits < 16:

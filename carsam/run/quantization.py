@@ -27,6 +27,7 @@ from carsam.output.checks import base_ingredients
 from carsam.pack.layers import PackedLayer
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import QuantizedLayer, SiteQuantizer, SoftmaxQuantizer, softmax_grids
+from carsam.quantizers.ranges import Range
 from carsam.run.allocation import plan_for_budget
 from carsam.run.context import RunContext
 from carsam.run.store import fingerprint
@@ -119,7 +120,7 @@ def chosen_softmax(chosen: Mapping[str, str], method: Method) -> MakeSoftmax:
     return softmax
 
 
-def chosen_ranges(chosen: Mapping[str, str], method: Method) -> MakeQuantizer:
+def chosen_ranges(chosen: Mapping[str, str | Range], method: Method) -> MakeQuantizer:
     """Makes the method's quantizer of an activation site, with the observer that was chosen for it."""
 
     def quantizer(site: str, bits: int, role: str) -> SiteQuantizer:

@@ -25,6 +25,7 @@ from carsam.models.prepare import attach_attention
 from carsam.models.sites import OPERANDS, AttentionSite, Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ActivationQuantizer, SoftmaxQuantizer, simulate
+from carsam.quantizers.ranges import Range
 from carsam.quantizers.sampling import step_for
 from carsam.transform import attention_equivalences as equivalences
 from carsam.transform.maps import query_key_map, value_output_map
@@ -122,12 +123,12 @@ class Choices:
 
     Attributes:
         softmax: Grid of the softmax output by attention.
-        ranges: Observer by activation site, where it is not the usual one.
+        ranges: Observer by activation site where it is not the usual one, or the range itself.
         reports: One mapping an attention, and one for every folding that was refused.
     """
 
     softmax: dict[str, str] = field(default_factory=dict)
-    ranges: dict[str, str] = field(default_factory=dict)
+    ranges: dict[str, str | Range] = field(default_factory=dict)
     reports: list[dict[str, Any]] = field(default_factory=list)
 
 
