@@ -29,7 +29,8 @@ from carsam.models.sites import AttentionSite, Sites
 from carsam.prompts.calibration import CalibrationSet, calibration_set
 from carsam.quantizers import RowMaximumSoftmax, SoftmaxQuantizer, UniformSoftmax
 from carsam.transform.attention_equivalences import centre_values
-from carsam.transform.choice import Trial, captured_calls, island
+from carsam.transform.calls import captured_calls, island
+from carsam.transform.choice import Trial
 from carsam.transform.statistics import run_hooked
 
 # Values of one pass that medians and most frequent values are found from, by their stride.

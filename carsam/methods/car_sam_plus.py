@@ -21,12 +21,14 @@ from carsam.quantizers.ranges import OBSERVERS, Range
 from carsam.reconstruct.layerwise import execution_order
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.units import Unit, run_unit
-from carsam.transform.choice import FOLDINGS, Choices, choose_foldings
+from carsam.transform.calls import captured_calls
+from carsam.transform.choice import FOLDINGS, MAPS, Choices, choose_foldings
 from carsam.transform.learned_maps import learn_maps
 from carsam.transform.norm_choice import choose_norms
 from carsam.transform.operands import Refused
 from carsam.transform.range_choice import choose_ranges
 from carsam.transform.rotation import keeping_ones, randomised_hadamard, rotate_residual
+from carsam.transform.statistics import operand_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -177,17 +179,22 @@ class CarSamPlus(CarSam):
                 images=settings.images,
                 strict=settings.strict,
             )
+        # One pass over the images for all that is asked of attentions.
+        pairs = any(name in settings.foldings for name in MAPS)
+        statistics, hooks = operand_statistics(model, sites.attentions, pairs=pairs)
+        count = max(settings.images, settings.map_images if settings.map_steps else 0)
+        calls = captured_calls(model, sites, data, count, hooks)
         choices = choose_foldings(
             model,
             sites,
-            data,
             plan,
+            {name: each.first(min(settings.images, len(data.images))) for name, each in calls.items()},
+            statistics,
             foldings=settings.foldings,
             grids=self.grids,
             softmax=lambda grid, _site, bits: self.softmax_of(grid, bits),
             observer=self.activation_observer,
             observers=settings.observers,
-            images=settings.images,
             strict=settings.strict,
         )
         reports += choices.reports
@@ -196,14 +203,13 @@ class CarSamPlus(CarSam):
             learned, noted = learn_maps(
                 model,
                 sites,
-                data,
                 plan,
+                calls,
                 softmax=lambda grid, _site, bits: self.softmax_of(grid, bits),
                 grids=choices.softmax,
                 observer=self.activation_observer,
                 ranges=ranges,
                 steps=settings.map_steps,
-                images=settings.map_images,
             )
             ranges |= learned
             reports += noted

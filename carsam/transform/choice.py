@@ -11,39 +11,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from carsam.bits.plan import BitPlan
 from carsam.calibrate.observers import RangeRecorder
 from carsam.models.attention import MatMulQuantizers
 from carsam.models.prepare import attach_attention
 from carsam.models.sites import OPERANDS, AttentionSite, Sites
-from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ActivationQuantizer, SoftmaxQuantizer, simulate
 from carsam.quantizers.ranges import Range
-from carsam.quantizers.sampling import step_for
 from carsam.transform import attention_equivalences as equivalences
+from carsam.transform.calls import Calls, call, island
 from carsam.transform.maps import query_key_map, value_output_map
 from carsam.transform.operands import Refused, operand
 from carsam.transform.rotation import hadamard
-from carsam.transform.statistics import ChannelStatistics, operand_statistics
+from carsam.transform.statistics import ChannelStatistics
 
-# Every third image judges what the others set ranges on.
-JUDGES = 3
 # A folding must lower the error by this share: what is about as good is left out.
 LEAST_GAIN = 0.02
-# Prompts and windows of an image that a trial is made with: they differ less than images do.
-PROMPTS, WINDOWS = 2, 4
 # Grid of P, if it may be chosen, where nothing can be tried.
 UNSEEN = "row-max"
-# Side of what is cut from a map of tokens (batch, height, width, channels): a global attention of ViT-B over all of its
-# 4,096 tokens takes seconds a trial. The float output that a trial is compared with is of the same piece.
-LARGEST_SIDE = 32
 
 Folding = Callable[[nn.Module, AttentionSite, Mapping[str, ChannelStatistics]], None]
 
@@ -134,67 +125,6 @@ class Choices:
     reports: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass
-class Calls:
-    """Inputs of an attention, one call an image."""
-
-    fit: list[tuple[tuple, dict]] = field(default_factory=list)
-    judge: list[tuple[tuple, dict]] = field(default_factory=list)
-
-
-def island(path: str, module: nn.Module) -> nn.Module:
-    """A model that holds one module at its path and nothing else."""
-    root = node = nn.Module()
-    *parents, name = path.split(".")
-    for parent in parents:
-        child = nn.Module()
-        node.add_module(parent, child)
-        node = child
-    node.add_module(name, module)
-    return root
-
-
-def _cut(value: Any, *, windows: int, maps: bool) -> Any:
-    """Some windows or prompts of a tensor, evenly spaced, and the middle of large maps; anything else as it is."""
-    if not isinstance(value, Tensor) or value.dim() <= 2:
-        return value
-    value = value[:: step_for(len(value), windows)][:windows]
-    if maps and value.dim() == 4:
-        for dimension in (1, 2):
-            side = min(value.shape[dimension], LARGEST_SIDE)
-            value = value.narrow(dimension, (value.shape[dimension] - side) // 2, side)
-    return value.clone()
-
-
-def captured_calls(model: nn.Module, sites: Sites, data: CalibrationSet, images: int) -> dict[str, Calls]:
-    """Calls of every attention, from one pass of the float model."""
-    calls = {site.name: Calls() for site in sites.attentions}
-    judging = False
-
-    def see(site: AttentionSite, args: tuple, kwargs: dict) -> None:
-        windows = PROMPTS if site.coupled else WINDOWS
-        cut = partial(_cut, windows=windows, maps=not site.coupled)
-        kept = tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
-        (calls[site.name].judge if judging else calls[site.name].fit).append(kept)
-
-    handles = [
-        model.get_submodule(site.name).register_forward_pre_hook(
-            lambda _module, args, kwargs, site=site: see(site, args, kwargs), with_kwargs=True
-        )
-        for site in sites.attentions
-    ]
-    try:
-        for index, image in enumerate(data.images[:images]):
-            judging = index % JUDGES == JUDGES - 1
-            sites.family.forward(model, replace(image, boxes=image.boxes[:PROMPTS]))
-    finally:
-        for handle in handles:
-            handle.remove()
-    for each in calls.values():
-        each.judge = each.judge or each.fit  # too few images to hold any out
-    return calls
-
-
 class Trial:
     """One attention alone: the error of its output with quantized inputs of its MatMuls."""
 
@@ -213,17 +143,12 @@ class Trial:
         # Weights and the layers' inputs stay in floating point: foldings are for Q, K, V and P.
         self._bits = {which: plan.activation_bits(site.operand(which)) for which in OPERANDS}
         self.quantizes = min(self._bits.values()) < 16
-        self._targets = [self._run(model.get_submodule(site.name), call) for call in calls.judge]
+        self._targets = [call(model.get_submodule(site.name), each) for each in calls.judge]
 
     @property
     def energy(self) -> float:
         """Σ (float output − its mean)² over the judges' images: what errors are relative to."""
         return sum((target - target.mean(-2, keepdim=True)).square().sum().item() for target in self._targets)
-
-    @staticmethod
-    def _run(module: nn.Module, call: tuple[tuple, dict]) -> Tensor:
-        result = module(*call[0], **call[1])
-        return result if isinstance(result, Tensor) else result[0]
 
     def error(self, module: nn.Module, grid: str, ranges: Mapping[str, str] | None = None) -> float:
         """Σ (output − float output)² over the judges' images, of a float attention when it is quantized.
@@ -242,11 +167,11 @@ class Trial:
             getattr(attention.matmul, which).observer = observer
         recorder = RangeRecorder([attention])
         with recorder.recording(), simulate(weights=False, activations=False):
-            for call in self._calls.fit:
-                self._run(attention, call)
+            for each in self._calls.fit:
+                call(attention, each)
         recorder.apply(self._observer)
         with simulate(weights=False, activations=True, drop=0.0):
-            outputs = [self._run(attention, call) for call in self._calls.judge]
+            outputs = [call(attention, each) for each in self._calls.judge]
         return sum((out - target).square().sum().item() for out, target in zip(outputs, self._targets))
 
 
@@ -308,15 +233,15 @@ class Search:
 def choose_foldings(
     model: nn.Module,
     sites: Sites,
-    data: CalibrationSet,
     plan: BitPlan,
+    calls: Mapping[str, Calls],
+    statistics: Mapping[str, ChannelStatistics],
     *,
     foldings: Sequence[str],
     grids: Sequence[str],
     softmax: Callable[[str, str, int], SoftmaxQuantizer],
     observer: str = "mse",
     observers: Sequence[str] = (),
-    images: int = 9,
     strict: bool = False,
 ) -> Choices:
     """Chooses for every attention, and folds what was chosen into the model's weights.
@@ -324,14 +249,14 @@ def choose_foldings(
     Args:
         model: Float model; changed in place to one that computes the same.
         sites: The sites to treat.
-        data: Calibration images; the first of them are used.
         plan: Bits: what stays in floating point is left alone.
+        calls: What every attention is called with.
+        statistics: Of queries, keys and values by site; with products of pairs where a map needs them.
         foldings: Names from :data:`FOLDINGS` to try, in their order there.
         grids: Grids of softmax outputs to try; the first is the one to beat.
         softmax: Makes a quantizer from a grid's name, the site's name and bits.
         observer: Of the ranges.
         observers: Other range searches to try for queries, keys and values.
-        images: Calibration images to use.
         strict: Raise where an equivalence is refused, instead of noting it.
 
     Returns:
@@ -342,11 +267,8 @@ def choose_foldings(
     """
     choices = Choices()
     observers = (observer, *(each for each in observers if each != observer))
-    pairs = any(name in foldings for name in MAPS)
-    statistics = operand_statistics(model, sites, data, sites.attentions, images, pairs=pairs)
-    calls = captured_calls(model, sites, data, images)
     for site in sites.attentions:
-        seen = calls.pop(site.name)
+        seen = calls[site.name]
         if not seen.fit:  # a pass over an image does not reach it: the memory of a video
             # Rows of P over thousands of tokens differ so much that one uniform step rounds a sixth of their mass away
             # (docs/RESULTS.md, 18); codes relative to each row's maximum need no range to be tried on.

@@ -25,15 +25,15 @@ from carsam.bits.plan import BitPlan
 from carsam.calibrate.observers import RangeRecorder
 from carsam.models.attention import MatMulQuantizers
 from carsam.models.prepare import attach_attention
-from carsam.models.sites import OPERANDS, AttentionSite, Sites
-from carsam.prompts.calibration import CalibrationSet
+from carsam.models.sites import OPERANDS, AttentionSite, Sites, replace_module
 from carsam.quantizers import ActivationQuantizer, SoftmaxQuantizer, simulate
 from carsam.quantizers.ranges import Range
 from carsam.transform import attention_equivalences as equivalences
-from carsam.transform.choice import LEAST_GAIN, Calls, captured_calls, island
+from carsam.transform.calls import Calls, call, island
+from carsam.transform.choice import LEAST_GAIN
 from carsam.transform.maps import query_key_map, value_output_map
 from carsam.transform.operands import Refused, heads_of, operand
-from carsam.transform.statistics import ChannelStatistics, operand_statistics
+from carsam.transform.statistics import ChannelStatistics, hooked, operand_statistics
 
 # Adam's rates for the entries of a map, which are about one, and for the logarithm of a step.
 MAP_RATE, STEP_RATE = 5e-3, 1e-2
@@ -96,8 +96,19 @@ class _Maps(nn.Module):
         """R⁻¹, before the output projection: x (..., channels)."""
         if self.second is None:
             return x
-        parts = x.unflatten(-1, (self.heads, -1)).unsqueeze(-2) @ torch.linalg.inv(self.second)
-        return parts.squeeze(-2).flatten(-2)
+        return x @ torch.block_diag(*torch.linalg.inv(self.second))
+
+
+class _Replay(nn.Module):
+    """Gives again what a projection gave: maps change operands behind it, so it need not be computed in every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs: list[Tensor] = []
+        self.at = 0
+
+    def forward(self, *_args: Tensor) -> Tensor:
+        return self.outputs[self.at]
 
 
 class Learner:
@@ -128,9 +139,16 @@ class Learner:
         ranges: Mapping[str, Any],
     ):
         source = model.get_submodule(site.name)
-        self._site, self._calls, self._observer = site, calls, observer
-        with torch.no_grad():
-            self._targets = [[_run(source, call) for call in each] for each in (calls.fit, calls.judge)]
+        self._calls, self._observer = [*calls.fit, *calls.judge], observer
+        self._fit, self._judge = range(len(calls.fit)), range(len(calls.fit), len(self._calls))
+        projections = {getattr(site, which).layer: _Replay() for which in OPERANDS[:3]}
+        hooks = [(path, lambda _in, out, into=replay.outputs: into.append(out)) for path, replay in projections.items()]
+        self.statistics, looking = operand_statistics(model, [site], pairs=True)
+        with torch.no_grad(), hooked(model, hooks):
+            with hooked(model, looking):
+                self._targets = [call(source, each) for each in calls.fit]
+            self._targets += [call(source, each) for each in calls.judge]
+        self._replays = list(projections.values())
         copied = island(site.name, copy.deepcopy(source))
         self._names = [site.operand(which) for which in OPERANDS[:3]]
         layer = next((each for each in sites.layers if each.name == site.output), None)
@@ -141,11 +159,18 @@ class Learner:
             quantizer.observer = ranges.get(name)
         probs = softmax(grid, site.operand("probs"), plan.activation_bits(site.operand("probs")))
         attach_attention(copied, site, sites, MatMulQuantizers(*self._quantizers[:3], probs))
+        for path, replay in projections.items():
+            replace_module(copied, path, replay)
         self._attention = copied.get_submodule(site.name).to(next(source.parameters()).device)
         self._output = copied.get_submodule(site.output)
         self._last = self._quantizers[3] if layer is not None else None
         if self._last is not None:
             self._last.to(self._output.weight.device)
+
+    def _run(self, index: int) -> Tensor:
+        for replay in self._replays:
+            replay.at = index
+        return call(self._attention, self._calls[index])
 
     @contextmanager
     def _mapped(self, maps: _Maps) -> Iterator[None]:
@@ -171,16 +196,15 @@ class Learner:
         """Sets ranges, and P's grid, to what the observers make of the fitting images' values."""
         recorder = RangeRecorder([self._attention, *([] if self._last is None else [self._last])])
         with self._mapped(maps), recorder.recording(), simulate(weights=False, activations=False):
-            for call in self._calls.fit:
-                _run(self._attention, call)
+            for index in self._fit:
+                self._run(index)
         recorder.apply(self._observer)
 
     @torch.no_grad()
     def error(self, maps: _Maps) -> float:
         """Σ (output − float output)² over the judging images."""
         with self._mapped(maps), simulate(weights=False, activations=True, drop=0.0):
-            outputs = [_run(self._attention, call) for call in self._calls.judge]
-        return sum((out - target).square().sum().item() for out, target in zip(outputs, self._targets[1]))
+            return sum((self._run(index) - self._targets[index]).square().sum().item() for index in self._judge)
 
     def learn(self, maps: _Maps, steps: int, seed: int = 0) -> float:
         """Learns maps and steps, which are left at their best; the error there."""
@@ -192,15 +216,15 @@ class Learner:
         values = [*maps.parameters(), *learned]
         best, kept = self.error(maps), [each.detach().clone() for each in values]
         # What a mean output explains is not the attention's to give: errors are relative to the rest.
-        energy = sum((t - t.mean(-2, keepdim=True)).square().sum() for t in self._targets[0]) / len(self._targets[0])
+        taught = [self._targets[index] for index in self._fit]
+        energy = sum((each - each.mean(-2, keepdim=True)).square().sum() for each in taught) / len(taught)
         draw = torch.Generator().manual_seed(seed)
         order: list[int] = []
         for step in range(steps):
-            order = order or torch.randperm(len(self._calls.fit), generator=draw).tolist()
+            order = order or torch.randperm(len(taught), generator=draw).tolist()
             index = order.pop()
             with torch.enable_grad(), self._mapped(maps), simulate(weights=False, activations=True, drop=0.0):
-                output = _run(self._attention, self._calls.fit[index])
-                loss = (output - self._targets[0][index]).square().sum() / energy.clamp(min=1e-20)
+                loss = (self._run(index) - taught[index]).square().sum() / energy.clamp(min=1e-20)
                 gradients = torch.autograd.grad(loss, values)
             for value, gradient in zip(values, gradients):
                 value.grad = gradient
@@ -225,16 +249,6 @@ class Learner:
                 low, high = quantizer.limits()
                 found[name] = Range(low * quantizer.scale.item(), high * quantizer.scale.item())
         return found
-
-
-def _run(module: nn.Module, call: tuple[tuple, dict]) -> Tensor:
-    args = [each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in call[0]]
-    named = {
-        name: each.float() if isinstance(each, Tensor) and each.is_floating_point() else each
-        for name, each in call[1].items()
-    }
-    result = module(*args, **named)
-    return result if isinstance(result, Tensor) else result[0]
 
 
 def _starts(
@@ -295,45 +309,41 @@ def learn_attention(
 def learn_maps(
     model: nn.Module,
     sites: Sites,
-    data: CalibrationSet,
     plan: BitPlan,
+    calls: Mapping[str, Calls],
     *,
     softmax: MakeSoftmax,
     grids: Mapping[str, str],
     observer: str,
     ranges: Mapping[str, Any],
     steps: int,
-    images: int,
 ) -> tuple[dict[str, Range], list[dict[str, Any]]]:
     """Learns maps of heads and ranges at every attention, and folds the maps into the model's weights.
 
     Args:
         model: Float model; changed in place to one that computes the same.
         sites: The sites to treat.
-        data: Calibration images; the first of them are used, every third judges.
         plan: Bits.
+        calls: What every attention is called with.
         softmax: Makes a quantizer of P from a grid's name, the site's name and bits.
         grids: Of P, by attention.
         observer: Of ranges to start from.
         ranges: Observers by activation site where they are not the usual one.
         steps: Optimiser steps an attention.
-        images: Calibration images to use.
 
     Returns:
         Ranges by activation site, and a report for each attention.
     """
     found: dict[str, Range] = {}
     reports = []
-    statistics = operand_statistics(model, sites, data, sites.attentions, images, pairs=True)
-    calls = captured_calls(model, sites, data, images)
     for site in sites.attentions:
-        seen = calls.pop(site.name)
+        seen = calls[site.name]
         bits = [plan.activation_bits(site.operand(which)) for which in OPERANDS]
         if not seen.fit or min(bits) >= 16 or site.name not in grids:
             continue
         heads = heads_of(model, site)
         learner = Learner(model, site, sites, plan, seen, softmax, grids[site.name], observer, ranges)
-        operands = {which: statistics[site.operand(which)] for which in OPERANDS[:3]}
+        operands = {which: learner.statistics[site.operand(which)] for which in OPERANDS[:3]}
         learned = learn_attention(learner, site, heads, _starts(model, site, operands, heads), steps)
         if learned is None:
             reports.append({"transform": "learned maps", "attention": site.name, "kept": "none", "error": 1.0})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from carsam.quantizers.affine import decode, encode
 from carsam.quantizers.ranges import observed_grid
 from carsam.quantizers.rounding import weight_grid
 from carsam.quantizers.sampling import odd_step_within, strided
-from carsam.transform.choice import JUDGES, LEAST_GAIN
+from carsam.transform.calls import JUDGES
+from carsam.transform.choice import LEAST_GAIN
 from carsam.transform.norm_scale import scale_norm, shift_norm, smoothing
 from carsam.transform.operands import Refused
 from carsam.transform.statistics import ChannelStatistics, input_statistics, run_hooked
@@ -73,8 +74,10 @@ def choose_norms(
     if not all(0 <= strength <= 1 for strength in strengths):
         raise ConfigError(f"strengths of the smoothing must lie in 0 to 1, not {list(strengths)}.")
     pairs = [(norm, layer) for norm, layer in sites.readers if _quantized(plan, layer)]
-    statistics = input_statistics(model, sites, data, [layer for _, layer in pairs], images)
-    rows = _capture(model, sites, data, [layer for _, layer in pairs], images)
+    if not pairs:
+        return []
+    statistics, hooks = input_statistics(model, [layer for _, layer in pairs])
+    rows = _capture(model, sites, data, [layer for _, layer in pairs], images, hooks)
     reports: list[dict[str, Any]] = []
     for norm, layer in pairs:
         if not rows[layer].fit:  # the memory of a video: a pass over an image does not reach it
@@ -137,7 +140,15 @@ def _scale(found: ChannelStatistics, weight: Tensor, moved: bool, strength: floa
     return smoothing(found, weight, strength, centred=moved).to(weight.dtype)
 
 
-def _capture(model: nn.Module, sites: Sites, data: CalibrationSet, layers: list[str], images: int) -> dict[str, _Rows]:
+def _capture(
+    model: nn.Module,
+    sites: Sites,
+    data: CalibrationSet,
+    layers: list[str],
+    images: int,
+    others: Sequence[tuple[str, Callable[[Tensor, Tensor], None]]],
+) -> dict[str, _Rows]:
+    """Rows of the layers' inputs; the other hooks see the same passes."""
     rows = {layer: _Rows() for layer in layers}
     judging = False
 
@@ -149,7 +160,7 @@ def _capture(model: nn.Module, sites: Sites, data: CalibrationSet, layers: list[
     for index in range(min(images, len(data.images))):
         judging = index % JUDGES == JUDGES - 1
         hooks = [(layer, lambda x, _out, layer=layer: see(layer, x)) for layer in layers]
-        run_hooked(model, sites, CalibrationSet(data.images[index : index + 1], 0, ""), hooks)
+        run_hooked(model, sites, CalibrationSet(data.images[index : index + 1], 0, ""), [*others, *hooks])
     return rows
 
 

@@ -18,7 +18,8 @@ from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers.affine import decode, encode
 from carsam.quantizers.sampling import odd_step_within, sampled_patches
 from carsam.quantizers.uniform import UniformRecord
-from carsam.transform.choice import JUDGES, LEAST_GAIN
+from carsam.transform.calls import JUDGES
+from carsam.transform.choice import LEAST_GAIN
 from carsam.transform.statistics import run_hooked
 
 # Rows of an image that judge.

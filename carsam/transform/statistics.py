@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from carsam.models.family import ENCODED
+from carsam.models.forward import encode_image
 from carsam.models.sites import AttentionSite, Sites
-from carsam.prompts.calibration import CalibrationSet
+from carsam.prompts.calibration import CalibrationImage, CalibrationSet
 
 OPERANDS = ("query", "key", "value")
 
@@ -72,6 +75,36 @@ class ChannelStatistics:
         return torch.maximum(self.low.abs(), self.high.abs())
 
 
+def pass_over(model: nn.Module, sites: Sites, image: CalibrationImage) -> None:
+    """One pass over an image with its prompts; from its embedding, which may be kept, where that reaches all sites.
+
+    Args:
+        model: Float model.
+        sites: The sites that are to be reached.
+        image: A calibration image.
+    """
+    if not sites.encoder_stages and not sites.memory_stages:
+        with torch.no_grad():
+            encoded = {ENCODED: encode_image(model, image.pixel_values.to(model.device))}
+            if sites.family.decode(model, encoded, image) is not None:
+                return
+    sites.family.forward(model, image)
+
+
+@contextmanager
+def hooked(model: nn.Module, hooks: Iterable[tuple[str, Callable[[Tensor, Tensor], None]]]) -> Iterator[None]:
+    """While the block runs, hooks look at the inputs and outputs of layers, as :func:`run_hooked` says."""
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda _module, args, out, hook=hook: hook(args[0], out))
+        for path, hook in hooks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def run_hooked(
     model: nn.Module,
     sites: Sites,
@@ -88,35 +121,19 @@ def run_hooked(
         hooks: ``(path, hook)``; the hook is called with the input and the output of the module at the path.
         images: Only so many of the images.
     """
-    handles = [
-        model.get_submodule(path).register_forward_hook(lambda _module, args, out, hook=hook: hook(args[0], out))
-        for path, hook in hooks
-    ]
-    try:
+    with hooked(model, hooks):
         for image in data.images[:images]:
-            sites.family.forward(model, image)
-    finally:
-        for handle in handles:
-            handle.remove()
+            pass_over(model, sites, image)
 
 
 def operand_statistics(
-    model: nn.Module,
-    sites: Sites,
-    data: CalibrationSet,
-    attentions: Iterable[AttentionSite],
-    images: int | None = None,
-    *,
-    pairs: bool = False,
-) -> dict[str, ChannelStatistics]:
-    """Statistics of queries, keys and values by the name of the site, in one pass.
+    model: nn.Module, attentions: Iterable[AttentionSite], *, pairs: bool = False
+) -> tuple[dict[str, ChannelStatistics], list[tuple[str, Callable[[Tensor, Tensor], None]]]]:
+    """Statistics of queries, keys and values by the name of the site, and the hooks that fill them.
 
     Args:
         model: Float model.
-        sites: Its sites.
-        data: Calibration images with their prompts.
-        attentions: Which of them.
-        images: Only so many of the images.
+        attentions: Which attentions.
         pairs: Sum products of every two channels as well.
     """
     found: dict[str, ChannelStatistics] = {}
@@ -129,14 +146,16 @@ def operand_statistics(
             hooks.append(
                 (projection.layer, lambda _in, out, rows=rows, into=statistics: into.update(out.detach()[..., rows]))
             )
-    run_hooked(model, sites, data, hooks, images)
-    return found
+    return found, hooks
 
 
 def input_statistics(
-    model: nn.Module, sites: Sites, data: CalibrationSet, layers: Iterable[str], images: int | None = None
-) -> dict[str, ChannelStatistics]:
-    """Statistics of the inputs of layers by module path, in one pass; channels of convolutions are their maps."""
+    model: nn.Module, layers: Iterable[str]
+) -> tuple[dict[str, ChannelStatistics], list[tuple[str, Callable[[Tensor, Tensor], None]]]]:
+    """Statistics of the inputs of layers by module path, and the hooks that fill them.
+
+    Channels of convolutions are their maps.
+    """
     found: dict[str, ChannelStatistics] = {}
     hooks = []
     for path in layers:
@@ -145,5 +164,4 @@ def input_statistics(
         hooks.append(
             (path, lambda x, _out, into=statistics, maps=maps: into.update(x.permute(0, 2, 3, 1) if maps else x))
         )
-    run_hooked(model, sites, data, hooks, images)
-    return found
+    return found, hooks

@@ -13,6 +13,7 @@ from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
 from carsam.quantizers import ActivationQuantizer, softmax_grids
 from carsam.quantizers.ranges import Range, observed_grid
+from carsam.transform.calls import captured_calls
 from carsam.transform.learned_maps import learn_maps
 
 W4A4 = BitPlan(Bits(4, 4))
@@ -44,14 +45,13 @@ def learned(name, plan=W4A4, steps=40):
     ranges, reports = learn_maps(
         changed,
         sites,
-        data,
         plan,
+        captured_calls(changed, sites, data, len(data.images)),
         softmax=lambda grid, _site, bits: softmax_grids()[grid](bits),
         grids=grids,
         observer="min-max",
         ranges={},
         steps=steps,
-        images=6,
     )
     return model, changed, data, sites, ranges, reports
 

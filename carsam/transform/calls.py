@@ -1,0 +1,118 @@
+"""What the float model's attentions are called with on calibration images, cut to what a trial needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from carsam.models.sites import AttentionSite, Sites
+from carsam.prompts.calibration import CalibrationSet
+from carsam.quantizers.sampling import step_for
+from carsam.transform.statistics import hooked, pass_over
+
+# Every third image judges what the others set ranges on.
+JUDGES = 3
+# Prompts and windows of an image that a trial is made with: they differ less than images do.
+PROMPTS, WINDOWS = 2, 4
+# Side of what is cut from a map of tokens (batch, height, width, channels): a global attention of ViT-B over all of its
+# 4,096 tokens takes seconds a trial. The float output that a trial is compared with is of the same piece.
+LARGEST_SIDE = 32
+# Tensors with more values than this are kept in half precision, as the activation cache keeps all of its.
+LARGE = 2**18
+
+Call = tuple[tuple, dict[str, Any]]
+
+
+@dataclass
+class Calls:
+    """Arguments of an attention, one call an image: of images that teach, and of those that judge."""
+
+    fit: list[Call] = field(default_factory=list)
+    judge: list[Call] = field(default_factory=list)
+
+    def first(self, images: int) -> Calls:
+        """Those of the first images alone."""
+        judge = images // JUDGES
+        return Calls(self.fit[: images - judge], self.judge[:judge] or self.fit[: images - judge])
+
+
+def island(path: str, module: nn.Module) -> nn.Module:
+    """A model that holds one module at its path and nothing else."""
+    root = node = nn.Module()
+    *parents, name = path.split(".")
+    for parent in parents:
+        child = nn.Module()
+        node.add_module(parent, child)
+        node = child
+    node.add_module(name, module)
+    return root
+
+
+def call(module: nn.Module, arguments: Call) -> Tensor:
+    """The attention's output, in single precision."""
+
+    def full(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    result = module(*map(full, arguments[0]), **{name: full(value) for name, value in arguments[1].items()})
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def _cut(value: Any, *, windows: int, maps: bool) -> Any:
+    """Some windows or prompts of a tensor, evenly spaced, and the middle of large maps; anything else as it is."""
+    if not isinstance(value, Tensor) or value.dim() <= 2:
+        return value
+    value = value[:: step_for(len(value), windows)][:windows]
+    if maps and value.dim() == 4:
+        for dimension in (1, 2):
+            side = min(value.shape[dimension], LARGEST_SIDE)
+            value = value.narrow(dimension, (value.shape[dimension] - side) // 2, side)
+    return value.half() if value.numel() > LARGE and value.is_floating_point() else value.clone()
+
+
+def captured_calls(
+    model: nn.Module,
+    sites: Sites,
+    data: CalibrationSet,
+    images: int,
+    hooks: Iterable[tuple[str, Callable[[Tensor, Tensor], None]]] = (),
+) -> dict[str, Calls]:
+    """Calls of every attention, from one pass of the float model over each image.
+
+    Args:
+        model: Float model.
+        sites: The sites to treat.
+        data: Calibration images; the first of them are used, every third judges.
+        images: How many.
+        hooks: What else looks on, as in :func:`carsam.transform.statistics.run_hooked`.
+    """
+    calls = {site.name: Calls() for site in sites.attentions}
+    judging = False
+
+    def see(site: AttentionSite, args: tuple, kwargs: dict) -> None:
+        windows = PROMPTS if site.coupled else WINDOWS
+        cut = partial(_cut, windows=windows, maps=not site.coupled)
+        kept = tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+        (calls[site.name].judge if judging else calls[site.name].fit).append(kept)
+
+    handles = [
+        model.get_submodule(site.name).register_forward_pre_hook(
+            lambda _module, args, kwargs, site=site: see(site, args, kwargs), with_kwargs=True
+        )
+        for site in sites.attentions
+    ]
+    try:
+        with hooked(model, hooks):
+            for index, image in enumerate(data.images[:images]):
+                judging = index % JUDGES == JUDGES - 1
+                pass_over(model, sites, replace(image, boxes=image.boxes[:PROMPTS]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for each in calls.values():
+        each.judge = each.judge or each.fit  # too few images to hold any out
+    return calls
