@@ -64,7 +64,7 @@ class EquivalenceSettings:
     observers: tuple[str, ...] = ("percentile", "min-max")
     rotation: bool = False
     images: int = 9
-    map_steps: int = 200
+    map_steps: int = 400
     map_images: int = 18
     strict: bool = False
 
