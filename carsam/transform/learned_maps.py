@@ -162,6 +162,7 @@ class Learner:
         for path, replay in projections.items():
             replace_module(copied, path, replay)
         self._attention = copied.get_submodule(site.name).to(next(source.parameters()).device)
+        self.device = next(source.parameters()).device
         self._output = copied.get_submodule(site.output)
         self._last = self._quantizers[3] if layer is not None else None
         if self._last is not None:
@@ -264,12 +265,12 @@ def _starts(
     plain, closed = same(value.head_dim) if within else None, None
     if within:
         weight = model.get_submodule(site.output).weight.detach()
-        closed = value_output_map(found["value"].covariance, weight, heads)
+        closed = value_output_map(found["value"].covariance.cpu(), weight.cpu(), heads)
     try:
         equivalences.check_mixing(site, "a learned map between the queries and keys of")
     except Refused:
         return [(None, plain), (None, closed)]
-    moments = found["query"].moments, found["key"].covariance
+    moments = found["query"].moments.cpu(), found["key"].covariance.cpu()
     return [
         (same(query.head_dim), plain),
         (query_key_map(*moments, heads, shared=bool(site.positions)), closed),
@@ -290,11 +291,11 @@ def learn_attention(
     """
     errors = []
     for start in starts:
-        maps = _Maps(site, heads, *start)
+        maps = _Maps(site, heads, *start).to(learner.device)
         learner.observe(maps)
         errors.append(learner.error(maps))
     better = min(range(len(starts)), key=errors.__getitem__)
-    maps = _Maps(site, heads, *starts[better])
+    maps = _Maps(site, heads, *starts[better]).to(learner.device)
     learner.observe(maps)
     error = learner.learn(maps, steps)
     if not error < (1 - LEAST_GAIN) * errors[0]:

@@ -11,6 +11,8 @@ projection weighs with G = Wᵀ W.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def evening(first: Tensor, second: Tensor) -> Tensor:
     stretch = geometric_mean(powered(first, -1.0), second)
     values, vectors = torch.linalg.eigh(stretch)
     logs = values.clamp(min=1e-30).log()
-    most = torch.tensor(MOST_STRETCH, dtype=torch.float64).log()
+    most = math.log(MOST_STRETCH)
     # One middle for all heads: what stands between them is kept.
     logs = logs - logs.mean()
     root = (vectors * (0.5 * logs.clamp(-most, most)).exp()[:, None, :]) @ vectors.transpose(-2, -1)
@@ -102,5 +104,5 @@ def value_output_map(value: Tensor, weight: Tensor, heads: int) -> Tensor:
     moments, weight = per_head(value, heads).double(), weight.double()
     found = evening(moments, per_head(weight.T @ weight, heads))
     size = (found.transpose(-2, -1) @ moments @ found).diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30).log()
-    most = 0.5 * torch.tensor(MOST_STRETCH, dtype=torch.float64).log()
+    most = 0.5 * math.log(MOST_STRETCH)
     return found * (0.5 * (size.mean() - size)).clamp(-most, most).exp()[:, None, None]
