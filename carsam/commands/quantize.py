@@ -96,7 +96,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="fast|balanced|best",
-            help="Of car-sam-plus: nothing learned, its default, or three times the steps.",
+            help="Of car-sam-plus: nothing reconstructed, its default, or steps tuned on the float model's masks.",
             show_default=False,
             autocompletion=complete_from("fast", "balanced", "best"),
             rich_help_panel=_METHOD,
