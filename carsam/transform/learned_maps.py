@@ -45,6 +45,8 @@ LEAST_ERROR = 1e-2
 JUDGED = 4
 
 MakeSoftmax = Callable[[str, str, int], SoftmaxQuantizer]
+# M and R to start from; None for no map.
+Start = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class LearnedMaps:
     error: float
 
 
-class _Maps(nn.Module):
+class Maps(nn.Module):
     """M and R as parameters, and what they do to the operands.
 
     Args:
@@ -178,7 +180,7 @@ class Learner:
         return call(self._attention, self._calls[index])
 
     @contextmanager
-    def _mapped(self, maps: _Maps) -> Iterator[None]:
+    def _mapped(self, maps: Maps) -> Iterator[None]:
         """While the block runs the attention, its operands go through the maps."""
 
         def last(_module: nn.Module, args: tuple) -> tuple:
@@ -197,7 +199,7 @@ class Learner:
             for handle in handles:
                 handle.remove()
 
-    def observe(self, maps: _Maps) -> None:
+    def observe(self, maps: Maps) -> None:
         """Sets ranges, and P's grid, to what the observers make of the fitting images' values."""
         recorder = RangeRecorder([self._attention, *([] if self._last is None else [self._last])])
         with self._mapped(maps), recorder.recording(), simulate(weights=False, activations=False):
@@ -206,7 +208,7 @@ class Learner:
         recorder.apply(self._observer)
 
     @torch.no_grad()
-    def error(self, maps: _Maps) -> float:
+    def error(self, maps: Maps) -> float:
         """Σ (output − float output)² over the judging images."""
         with self._mapped(maps), simulate(weights=False, activations=True, drop=0.0):
             return sum((self._run(index) - self._targets[index]).square().sum().item() for index in self._judge)
@@ -221,7 +223,7 @@ class Learner:
         """What errors of :meth:`error` are relative to."""
         return self.energy(self._judge) * len(self._judge)
 
-    def learn(self, maps: _Maps, steps: int, seed: int = 0) -> float:
+    def learn(self, maps: Maps, steps: int, seed: int = 0) -> float:
         """Learns maps and steps, which are left at their best; the error there."""
         learned = [each.learn_scale() for each in self._quantizers if each.bits < 16]
         optimiser = torch.optim.Adam(
@@ -264,9 +266,7 @@ class Learner:
         return found
 
 
-def _starts(
-    model: nn.Module, site: AttentionSite, found: Mapping[str, ChannelStatistics], heads: int
-) -> list[tuple[Tensor | None, Tensor | None]]:
+def starts(model: nn.Module, site: AttentionSite, found: Mapping[str, ChannelStatistics], heads: int) -> list[Start]:
     """No map, and the closed form of both; None for what is not exact at an attention."""
     query, value = operand(model, site, "query"), operand(model, site, "value")
 
@@ -290,7 +290,7 @@ def _starts(
 
 
 def learn_attention(
-    learner: Learner, site: AttentionSite, heads: int, starts: Sequence[tuple[Tensor | None, Tensor | None]], steps: int
+    learner: Learner, site: AttentionSite, heads: int, begun: Sequence[Start], steps: int
 ) -> LearnedMaps | None:
     """Learns maps and steps of one attention from the better start; None where it is not better than no map.
 
@@ -298,18 +298,18 @@ def learn_attention(
         learner: The attention alone.
         site: Its site.
         heads: Its heads.
-        starts: Maps to start from; the first is that without any.
+        begun: Maps to start from; the first is that without any.
         steps: Optimiser steps.
     """
     errors = []
-    for start in starts:
-        maps = _Maps(site, heads, *start).to(learner.device)
+    for start in begun:
+        maps = Maps(site, heads, *start).to(learner.device)
         learner.observe(maps)
         errors.append(learner.error(maps))
         if errors[0] < LEAST_ERROR * learner.judged_energy:
             return None
-    better = min(range(len(starts)), key=errors.__getitem__)
-    maps = _Maps(site, heads, *starts[better]).to(learner.device)
+    better = min(range(len(begun)), key=errors.__getitem__)
+    maps = Maps(site, heads, *begun[better]).to(learner.device)
     learner.observe(maps)
     error = learner.learn(maps, steps)
     if not error < (1 - LEAST_GAIN) * errors[0]:
@@ -359,7 +359,7 @@ def learn_maps(
         heads = heads_of(model, site)
         learner = Learner(model, site, sites, plan, seen, softmax, grids[site.name], observer, ranges)
         operands = {which: learner.statistics[site.operand(which)] for which in OPERANDS[:3]}
-        learned = learn_attention(learner, site, heads, _starts(model, site, operands, heads), steps)
+        learned = learn_attention(learner, site, heads, starts(model, site, operands, heads), steps)
         if learned is None:
             reports.append({"transform": "learned maps", "attention": site.name, "kept": "none", "error": 1.0})
             continue
