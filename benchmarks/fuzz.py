@@ -38,7 +38,7 @@ def pack(folder: Path) -> Path:
 
     data = ROOT / "embedded" / "images" / "calibration"
     settings = CalibrationConfig(coco=str(data / "instances.json"), n_images=2, boxes_per_image=2)
-    config = QuantizeConfig(settings=_QUICK, calibration=settings)
+    config = QuantizeConfig("car-sam", settings=_QUICK, calibration=settings)
     carsam.quantize(ROOT / "embedded" / "sam-nano-256", data / "images", config, out=folder / "packed")
     return folder / "packed"
 

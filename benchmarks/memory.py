@@ -50,7 +50,7 @@ def main() -> None:
             options.row(f"{elapsed:.0f} s", f"{peak_memory() / 2**30:.1f} GiB", f"{unit + 1}/{n_units} {name}")
 
     carsam.quantize(
-        model, data, QuantizeConfig(settings=settings), cache_gigabytes=arguments.cache_gb, progress=progress
+        model, data, QuantizeConfig("car-sam", settings=settings), cache_gigabytes=arguments.cache_gb, progress=progress
     )
     peak, rest = peak_memory() / 2**30, left_out * BYTES_PER_WEIGHT / 2**30
     print(f"\npeak {peak:.1f} GiB; blocks left out would add {rest:.1f} GiB: {peak + rest:.1f} GiB")

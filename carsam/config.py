@@ -63,7 +63,7 @@ class QuantizeConfig:
             site, ``bits`` and ``overrides`` say only what stays in floating point.
     """
 
-    method: str = "car-sam"
+    method: str = "car-sam-plus"
     settings: dict[str, Any] = field(default_factory=dict)
     bits: str = "w4a4"
     overrides: dict[str, str] = field(default_factory=dict)

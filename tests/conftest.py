@@ -108,7 +108,7 @@ def quick_config(calibration_folder: Path) -> QuantizeConfig:
         n_images=N_IMAGES,
         boxes_per_image=BOXES_PER_IMAGE,
     )
-    return QuantizeConfig(settings=QUICK, calibration=data)
+    return QuantizeConfig("car-sam", settings=QUICK, calibration=data)
 
 
 @pytest.fixture(scope="session")

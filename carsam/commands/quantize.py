@@ -112,7 +112,7 @@ def quantize(
         str | None,
         typer.Option(
             help="See carsam methods.",
-            show_default="car-sam",
+            show_default="car-sam-plus",
             rich_help_panel=_METHOD,
             autocompletion=complete_from(*METHODS),
         ),

@@ -182,7 +182,8 @@ def quantize_config(
     for key in ("settings", "overrides", "calibration"):
         if not isinstance(values.setdefault(key, {}), dict):
             raise ConfigError(f"{key!r} in the recipe {recipe} must be a mapping.")
-    default = QuantizeConfig().method
+    # What is left out of CAR-SAM is left out of CAR-SAM.
+    default = "car-sam" if no_mac or no_jcar else QuantizeConfig().method
     chosen = preset_settings(preset)
     if preset is not None:
         if method not in (None, PRESET_METHOD):
@@ -192,8 +193,7 @@ def quantize_config(
         method = PRESET_METHOD
     if method is not None and method != values.get("method", default):
         values["settings"] = {}  # they belong to the recipe's method
-    if method is not None:
-        values["method"] = method
+    values["method"] = method or values.get("method") or default
     if bits is not None:
         values["bits"] = bits
     if normalise is not None:

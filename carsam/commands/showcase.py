@@ -64,7 +64,7 @@ class Sample:
             coco=relative(self.calibration / "instances.json"),
             n_images=n_images,
         )
-        return QuantizeConfig(calibration=data, **settings)
+        return QuantizeConfig(calibration=data, **{"method": "car-sam", **settings})
 
     def evaluation_data(self, limit: int | None = None) -> EvaluationData:
         """What both models are measured on; ``limit`` keeps only the first images."""

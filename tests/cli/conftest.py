@@ -34,7 +34,7 @@ def carsam_cli():
 def quantize_flags(nano_folder: Path, calibration_folder: Path) -> list[object]:
     """``quantize`` and its arguments, all but ``--out``; a few seconds."""
     data = ["--data", calibration_folder / "images", "--data-coco", calibration_folder / "instances.json"]
-    return ["quantize", nano_folder, *data, *QUICK_FLAGS]
+    return ["quantize", nano_folder, *data, "--method", "car-sam", *QUICK_FLAGS]
 
 
 @pytest.fixture(scope="session")

@@ -148,7 +148,7 @@ main()
 
 def test_sigterm_ends_as_an_interrupt(nano_folder, calibration_folder, tmp_path):
     data = ["--data", calibration_folder / "images", "--boxes", calibration_folder / "instances.json"]
-    flags = ["--n-images", 2, "--boxes-per-image", 2, "--steps", 1, "--device", "cpu"]
+    flags = ["--n-images", 2, "--boxes-per-image", 2, "--steps", 1, "--device", "cpu", "--method", "car-sam"]
     flags += ["--set", "weight_observer=min-max", "--set", "activation_observer=min-max", "--cache-gb", 0]
     command = [sys.executable, "-c", RUN, "quantize", nano_folder, *data, *flags, "--out", tmp_path / "m"]
     temporary = tmp_path / "tmp"
