@@ -193,7 +193,9 @@ def quantize_config(
         method = PRESET_METHOD
     if method is not None and method != values.get("method", default):
         values["settings"] = {}  # they belong to the recipe's method
-    values["method"] = method or values.get("method") or default
+    if method is not None:
+        values["method"] = method
+    values.setdefault("method", default)  # a recipe's null is a mistake, and told as one
     if bits is not None:
         values["bits"] = bits
     if normalise is not None:
