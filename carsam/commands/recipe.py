@@ -182,7 +182,7 @@ def quantize_config(
     for key in ("settings", "overrides", "calibration"):
         if not isinstance(values.setdefault(key, {}), dict):
             raise ConfigError(f"{key!r} in the recipe {recipe} must be a mapping.")
-    # What is left out of CAR-SAM is left out of CAR-SAM.
+    # Both flags leave something out of CAR-SAM, so without a method they mean that one.
     default = "car-sam" if no_mac or no_jcar else QuantizeConfig().method
     chosen = preset_settings(preset)
     if preset is not None:

@@ -10,7 +10,7 @@ from carsam.errors import ConfigError
 def test_defaults():
     config = quantize_config(images="photos", coco=None, seed=None)
     assert (config.method, config.bits, config.settings, config.overrides) == ("car-sam-plus", "w4a4", {}, {})
-    # What is left out of CAR-SAM is left out of CAR-SAM.
+    # Both flags leave something out of CAR-SAM, so without a method they mean that one.
     assert {quantize_config(**{flag: True}).method for flag in ("no_mac", "no_jcar")} == {"car-sam"}
     assert quantize_config(no_mac=True, method="car-sam-plus").method == "car-sam-plus"
     assert (config.calibration.images, config.calibration.n_images) == ("photos", 32)
