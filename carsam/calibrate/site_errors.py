@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from carsam.models.family import ENCODED, Stage, Tensors, family_of
+from carsam.models.family import ENCODED, Tensors, family_of
 from carsam.models.forward import predict_logits
 from carsam.models.sites import OPERANDS, Sites
 from carsam.prompts.image import PROMPTS_PER_BATCH, PromptedImage
@@ -90,7 +90,7 @@ class SiteErrors:
             # Inputs of every stage; the last are the embeddings. A part without stages is encoded as a whole.
             self._inputs = [[self._first(sample) for sample in samples]]
             for stage in self._order:
-                self._inputs.append([self._step(stage, values) for values in self._inputs[-1]])
+                self._inputs.append([stage.step(self._base, values) for values in self._inputs[-1]])
             self.targets = [self._logits(values[ENCODED], sample) for values, sample in zip(self._inputs[-1], samples)]
 
     def _first(self, sample: PromptedImage) -> Tensors:
@@ -98,10 +98,6 @@ class SiteErrors:
             return self._encoder.enter(self._base, {}, sample)
         family = family_of(self._base)
         return {ENCODED: family.encode_image(self._base, sample.pixel_values.to(self._base.device))}
-
-    def _step(self, stage: Stage, values: Tensors) -> Tensors:
-        outputs = stage.run(self._base, values)
-        return outputs if stage.following is None else stage.following(self._base, values, outputs)
 
     def _logits(self, embedding: Tensor, sample: PromptedImage) -> Tensor:
         """Low-resolution mask logits (P, h, w) over the image, without its padding."""
@@ -126,7 +122,7 @@ class SiteErrors:
             found = []
             for values, sample in zip(self._inputs[stage], self._samples):
                 for each in self._order[stage:]:
-                    values = self._step(each, values)
+                    values = each.step(self._base, values)
                 found.append(self._logits(values[ENCODED], sample))
             return found
 

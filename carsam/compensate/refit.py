@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carsam.calibrate.capture import capture_call
+from carsam.calibrate.sensitivity import RowWeights, sampled_rows, unweighed
 from carsam.compensate.ridge import LayerMoments, Objective, centred, correct_bias, refit, round_with_feedback
 from carsam.errors import ConfigError
 from carsam.quantizers import QuantizedLayer, simulate
@@ -150,6 +151,7 @@ def refit_layers(
     feedback: bool,
     together: Sequence[Sequence[str]] = (),
     weight_observer: str = "mse",
+    weights: RowWeights = unweighed,
 ) -> list[RefitReport]:
     """Fits layers again, one after the other, each to inputs that the ones before it give as they are now.
 
@@ -162,6 +164,7 @@ def refit_layers(
         together: Layers none of which reads what another gives (the projections of an attention): where they follow
             one another, one pass serves all.
         weight_observer: For the grids that are fitted again to the new weights.
+        weights: Of the squared errors of a layer's rows on an item; for all alike unless they are given.
 
     Returns:
         One report a layer.
@@ -171,7 +174,7 @@ def refit_layers(
     reports = []
     for group in grouped(names, together):
         exact = {name: floating.pop(name) for name in group}
-        gathered = _gather({name: layers[name] for name in group}, passes.quantized[: settings.items], exact)
+        gathered = _gather({name: layers[name] for name in group}, passes.quantized[: settings.items], exact, weights)
         for name in group:
             reports.append(_refit_layer(name, layers[name], gathered[name], settings, feedback, weight_observer))
     return reports
@@ -190,7 +193,10 @@ def grouped(names: Sequence[str], together: Sequence[Sequence[str]]) -> list[lis
 
 
 def _gather(
-    layers: dict[str, QuantizedLayer], runs: list[Callable[[], object]], floating: dict[str, list[Tensor]]
+    layers: dict[str, QuantizedLayer],
+    runs: list[Callable[[], object]],
+    floating: dict[str, list[Tensor]],
+    weights: RowWeights,
 ) -> dict[str, tuple[LayerMoments, LayerMoments]]:
     """Moments of layers' inputs on the items that they are fitted to, and on those that judge.
 
@@ -198,6 +204,7 @@ def _gather(
         layers: In the order of execution; none reads what another gives.
         runs: Passes that reach them, one an item.
         floating: Rows of their inputs in the float model, item by item.
+        weights: Of the squared errors of a layer's rows on an item.
     """
     moments = {name: (LayerMoments(), LayerMoments()) for name in layers}
     *before, last = layers
@@ -211,7 +218,11 @@ def _gather(
             seen[last] = args[0]
             for name, layer in layers.items():
                 rounded = _rows(layer, layer.input_quantizer(seen[name]))
-                moments[name][index % HELD_OUT == HELD_OUT - 1].update(rounded, floating[name][index])
+                exact, own = floating[name][index], weights(name, index)
+                if own is not None:
+                    own = sampled_rows(own, ROWS).to(exact).sqrt()[None, :, None]
+                    rounded, exact = rounded * own, exact * own
+                moments[name][index % HELD_OUT == HELD_OUT - 1].update(rounded, exact)
     return moments
 
 

@@ -32,6 +32,7 @@ from carsam.quantizers import ActivationQuantizer, SiteQuantizer, SoftmaxQuantiz
 from carsam.quantizers.ranges import OBSERVERS
 from carsam.quantizers.softmax_uniform import RANGES as SOFTMAX_RANGES
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
+from carsam.reconstruct.tuning import TuningSettings
 from carsam.reconstruct.units import Unit
 from carsam.settings import build
 from carsam.transform.choice import Choices
@@ -115,6 +116,11 @@ class Method:
 
     def reconstruction_for(self, unit: Unit) -> ReconstructionSettings | None:
         """Settings of the optimiser loop for a unit; None observes and rounds to nearest."""
+        return None
+
+    @property
+    def tuning_settings(self) -> TuningSettings | None:
+        """Settings of the tuning of the finished model as a whole; None leaves it out."""
         return None
 
     def steps_for(self, unit: Unit, sites: Sites) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from carsam.bits.plan import BitPlan
+from carsam.calibrate.sensitivity import SensitivitySettings, mask_sensitivity, unweighed
 from carsam.compensate.mac import OFF, MacReport, MacSettings
 from carsam.compensate.refit import Passes, RefitReport, RefitSettings, refit_layers
 from carsam.errors import ConfigError
@@ -20,6 +21,7 @@ from carsam.quantizers import ChannelQuantizer, SiteQuantizer, SoftmaxQuantizer,
 from carsam.quantizers.ranges import OBSERVERS, Range
 from carsam.reconstruct.layerwise import execution_order
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
+from carsam.reconstruct.tuning import TuningSettings
 from carsam.reconstruct.units import Unit, run_unit
 from carsam.transform.calls import captured_calls
 from carsam.transform.choice import FOLDINGS, MAPS, Choices, choose_foldings
@@ -91,6 +93,10 @@ def _reconstruction() -> ReconstructionSettings:
     return ReconstructionSettings(steps=300, decoder_steps=300, drop_probs=False, scale_rate=1e-2, **masks)
 
 
+def _tuning() -> TuningSettings:
+    return TuningSettings(steps=300)
+
+
 @dataclass(frozen=True)
 class CarSamPlus(CarSam):
     """CAR-SAM with equivalences, grids of P chosen by the attention's output, and the refit of every layer.
@@ -98,6 +104,8 @@ class CarSamPlus(CarSam):
     Attributes:
         equivalences: What may be folded into weights.
         refit: Of every layer to its quantized input, and rounding with feedback where nothing is learned.
+        masks: Errors weighed by what the masks make of them, in all choices and in the refit.
+        tuning: Of the finished model as a whole.
         learn: Learn rounding and steps; False rounds with feedback instead, and so does
             ``reconstruction.learn_rounding: false``, which learns the steps of activations afterwards.
         reconstruction: Settings of the optimiser loop.
@@ -115,6 +123,8 @@ class CarSamPlus(CarSam):
     mac: MacSettings = OFF
     equivalences: EquivalenceSettings = field(default_factory=EquivalenceSettings)
     refit: RefitSettings = field(default_factory=RefitSettings)
+    masks: SensitivitySettings = field(default_factory=SensitivitySettings)
+    tuning: TuningSettings = field(default_factory=_tuning)
     learn: bool = True
     depthwise: str = PER_CHANNEL
 
@@ -166,8 +176,15 @@ class CarSamPlus(CarSam):
     def choose(self, model: nn.Module, sites: Sites, data: CalibrationSet, plan: BitPlan) -> Choices:
         """Norms, then attentions: each keeps what lowers its error on images that its ranges were not set on."""
         settings, reports = self.equivalences, []
+        sensitivity = None
+        if self.masks.share > 0:
+            sensitivity = mask_sensitivity(model, sites, data, self.masks)
+            if sensitivity is None:
+                why = f"The masks of {sites.family.name} models cannot be differentiated to weigh errors by them."
+                reports.append({"transform": "mask sensitivity", "refused": why})
+        weights = unweighed if sensitivity is None else sensitivity.weights
         if settings.smoothing or settings.shift:
-            reports = choose_norms(
+            reports += choose_norms(
                 model,
                 sites,
                 data,
@@ -183,7 +200,7 @@ class CarSamPlus(CarSam):
         pairs = any(name in settings.foldings for name in MAPS)
         statistics, hooks = operand_statistics(model, sites.attentions, pairs=pairs)
         count = max(settings.images, settings.map_images if settings.map_steps else 0)
-        calls = captured_calls(model, sites, data, count, hooks)
+        calls = captured_calls(model, sites, data, count, hooks, weights)
         choices = choose_foldings(
             model,
             sites,
@@ -219,20 +236,24 @@ class CarSamPlus(CarSam):
             # A channel of its own needs no choice: its range serves one filter.
             alone = {site.name for site in sites.layers if self._per_channel(site.role) or site.input in ranges}
             found, noted = choose_ranges(
-                model, sites, data, plan, observers=observers, leave=alone, images=settings.images
+                model, sites, data, plan, observers=observers, leave=alone, images=settings.images, weights=weights
             )
             ranges |= found
             reports += noted
         for report in reports:
             if "refused" in report:
                 logger.warning("%s It is left out.", report["refused"])
-        return Choices(choices.softmax, ranges, reports)
+        return Choices(choices.softmax, ranges, reports, sensitivity)
 
     def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
         return self.softmax_of(self.grids[0], bits)
 
     def reconstruction_for(self, unit: Unit) -> ReconstructionSettings | None:
         return self.reconstruction if self.learn else None
+
+    @property
+    def tuning_settings(self) -> TuningSettings | None:
+        return self.tuning
 
     def prepare_unit(
         self, model: nn.Module, unit: Unit, data: UnitData, sites: Sites, device: torch.device
@@ -260,6 +281,7 @@ class CarSamPlus(CarSam):
             feedback=feedback,
             together=projections,
             weight_observer=self.weight_observer,
+            weights=unweighed if data.sensitivity is None else data.sensitivity.weights,
         )
 
     def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
@@ -267,6 +289,7 @@ class CarSamPlus(CarSam):
         # Equivalences and grids are part of the model that the units are made from.
         if self.refit.enabled:
             settings["refit"] = asdict(self.refit)
+            settings["masks"] = asdict(self.masks)
         return settings
 
     def _unlearned(self, unit: Unit, sites: Sites) -> dict[str, Any]:
@@ -288,18 +311,7 @@ def _stream_width(model: nn.Module, sites: Sites) -> int:
 
 # What --preset sets; the method's own settings are those of "balanced".
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"learn": False},
+    "fast": {"learn": False, "tuning": {"steps": 0}},
     "balanced": {},
-    # By calibration images held out (docs/RESULTS.md, 19): rounding with feedback, steps learned behind it, then the
-    # finished decoder tuned on the float model's masks. 1000 steps of learned rounding were no better than 300.
-    "best": {
-        "reconstruction": {
-            "learn_rounding": False,
-            "drop": 0.0,
-            "mask_weight": 0.5,
-            "steps": 150,
-            "decoder_steps": 150,
-            "mask_steps": 150,
-        }
-    },
+    "best": {"tuning": {"steps": 1000}},
 }

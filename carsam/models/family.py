@@ -63,6 +63,11 @@ class Stage:
     run: Callable[[nn.Module, Tensors], Tensors]
     following: Callable[[nn.Module, Tensors, Tensors], Tensors] | None = None
 
+    def step(self, model: nn.Module, inputs: Tensors) -> Tensors:
+        """The inputs of the next stage of the part, or what the last one gives; gradients pass."""
+        outputs = self.run(model, inputs)
+        return outputs if self.following is None else self.following(model, inputs, outputs)
+
 
 @dataclass(frozen=True)
 class Part:

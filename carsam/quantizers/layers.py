@@ -67,6 +67,7 @@ class QuantizedLayer(nn.Module):
         self.penalty: tuple[float, float] | None = None
         self._span: tuple[Tensor, Tensor] | None = None
         self._nearest: Tensor | None = None
+        self._learned: nn.Parameter | None = None
 
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.view(-1, *[1] * (self.weight.dim() - 1))
@@ -114,8 +115,24 @@ class QuantizedLayer(nn.Module):
         self.alpha = self.penalty = self._span = self._nearest = None
         self.weight.copy_(decode(codes.float(), self._per_channel(scale), self._per_channel(zero_point)))
 
+    def learn_scales(self) -> nn.Parameter:
+        """Makes the scales of integer weights a parameter, their logarithm relative to now; the integers stay."""
+        assert self.codes is not None, "weights are no integers yet"
+        self._learned = nn.Parameter(torch.zeros_like(self.weight_scale))
+        return self._learned
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Ends learning of the scales."""
+        if self._learned is not None:
+            scale, self._learned = self.weight_scale * self._learned.exp(), None
+            self.set_codes(self.codes, scale, self.weight_zero_point)
+
     def simulated_weight(self) -> Tensor:
         """The weights that the simulation asks for."""
+        if self._learned is not None:
+            # Weights are products with their scale, so those of another scale are these times its change.
+            return self.weight * self._per_channel(self._learned.exp())
         if self.codes is not None or not current().weights or self.weight_bits >= 16:
             return self.weight
         if self.weight_scale is None:

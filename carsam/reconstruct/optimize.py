@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from carsam.calibrate.cache import ActivationCache
+from carsam.calibrate.sensitivity import MaskSensitivity, OutputSensitivity
 from carsam.errors import ConfigError
 from carsam.quantizers import QuantizedLayer, SiteQuantizer, simulate
 from carsam.quantizers.simulation import keep_mask
@@ -126,14 +127,16 @@ def unit_seed(seed: int, unit: str) -> int:
 class UnitData:
     """Cached data of one unit: inputs from the quantized-so-far and from the float model, float targets.
 
-    ``weights`` says what the masks make of errors in the outputs, where the loss asks for it.
+    ``weights`` says what the masks make of errors in the outputs, where the loss asks for it; ``sensitivity`` what they
+    make of errors in its layers' outputs, where the method asks.
     """
 
     quantized: ActivationCache
     floating: ActivationCache
     targets: ActivationCache
     variances: list[float]
-    weights: MaskWeights | None = None
+    weights: MaskWeights | OutputSensitivity | None = None
+    sensitivity: MaskSensitivity | None = None
 
     def batch_targets(self, indices: list[int], device: torch.device) -> tuple[torch.Tensor, ...]:
         """Targets of some images, in output order."""
@@ -285,7 +288,7 @@ def _decide(layers: list[QuantizedLayer], alphas: list[nn.Parameter]) -> None:
 
 
 def _loss_weights(
-    weights: MaskWeights | None, share: float, indices: list[int], device: torch.device
+    weights: MaskWeights | OutputSensitivity | None, share: float, indices: list[int], device: torch.device
 ) -> list[torch.Tensor] | None:
     """Weights of the squared errors: the masks' with a share, 1 otherwise."""
     if weights is None or share == 0:

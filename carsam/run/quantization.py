@@ -67,6 +67,7 @@ class QuantizeResult:
             "compensations": [asdict(item) for item in self.report.compensations],
             "transforms": self.report.transforms,
             **({"masks": asdict(self.report.masks)} if self.report.masks is not None else {}),
+            **({"tuning": asdict(self.report.tuning)} if self.report.tuning is not None else {}),
         }
 
 
@@ -174,7 +175,7 @@ def to_integers(
         decided = [bits, *(each for each in (choices.softmax, choices.ranges) if each)]
         base_key = fingerprint(base_ingredients(reference, data, context.seed, context.device), *decided)
         with stages("units", len(units)):
-            report = Walk(model, reference, treated, method, data, base_key, context).run()
+            report = Walk(model, reference, treated, method, data, base_key, context, choices.sensitivity).run()
     else:
         total = len(data.images)
 

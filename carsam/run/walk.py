@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from carsam.calibrate.cache import ActivationCache, cached, variances
 from carsam.calibrate.observers import RangeRecorder
+from carsam.calibrate.sensitivity import MaskSensitivity
 from carsam.compensate.acnr import AcnrReport
 from carsam.compensate.mac import MacReport
 from carsam.compensate.refit import RefitReport
@@ -31,6 +32,7 @@ from carsam.quantizers import QuantizedLayer, SiteQuantizer, simulate
 from carsam.reconstruct.layerwise import optimise_layers
 from carsam.reconstruct.masks import MaskReport, MaskWeights, mask_weights, tune_on_masks
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData, UnitReport, relative_errors, unit_seed
+from carsam.reconstruct.tuning import TuningReport, tune
 from carsam.reconstruct.units import Unit, check_cover, run_unit
 from carsam.run.context import RunContext
 from carsam.run.progress import KEPT, PlannedUnit, StageProgress
@@ -49,6 +51,7 @@ class WalkReport:
     compensations: list[MacReport | AcnrReport | RefitReport] = field(default_factory=list)
     transforms: list[dict[str, Any]] = field(default_factory=list)
     masks: MaskReport | None = None
+    tuning: TuningReport | None = None
 
 
 class Walk:
@@ -62,6 +65,7 @@ class Walk:
         data: Calibration images with boxes.
         base_key: Fingerprint of everything that decides the result before the first unit.
         context: Device, seed, store, cache space, progress.
+        sensitivity: What the masks make of errors, where the method asked.
     """
 
     def __init__(
@@ -73,9 +77,10 @@ class Walk:
         data: CalibrationSet,
         base_key: str,
         context: RunContext,
+        sensitivity: MaskSensitivity | None = None,
     ):
         self.model, self.reference, self.sites, self.method, self.data = model, reference, sites, method, data
-        self.key, self.context = base_key, context
+        self.key, self.context, self.sensitivity = base_key, context, sensitivity
         self.device = context.device
         self.progress = context.progress or (lambda *_: None)
         self.units = method.units(sites)
@@ -103,6 +108,7 @@ class Walk:
             for stage in part.stages:
                 self._stage(stage, *streams, last=stage is part.stages[-1], last_part=part is self.parts[-1])
         self._tune_on_masks()
+        self._tune()
         return self.report
 
     def _enter(self, part: Part, before: tuple[_Stream, _Stream] | None) -> tuple[_Stream, _Stream]:
@@ -196,8 +202,7 @@ class Walk:
     def _behind(self, stage: Stage, stream: _Stream, following: Following | None) -> ActivationCache:
         def run(index: int) -> Tensors:
             inputs = stream.inputs.get(index, self.device)
-            outputs = stage.run(stream.model, inputs)
-            return outputs if following is None else following(stream.model, inputs, outputs)
+            return stage.run(stream.model, inputs) if following is None else stage.step(stream.model, inputs)
 
         return self._cached(run)
 
@@ -249,6 +254,7 @@ class Walk:
         """Ranges, preparation, reconstruction of one unit; its weights are integers afterwards."""
         method, device = self.method, self.device
         self._observe(unit, data)
+        data.sensitivity = self.sensitivity
         mac = method.prepare_unit(self.model, unit, data, self.sites, device)
         if any(getattr(each, "moves_ranges", True) for each in mac):
             self._observe(unit, data)  # what follows a changed attention sees other values
@@ -259,8 +265,11 @@ class Walk:
                 layer.freeze()
         else:
             report.steps = steps
-            if settings.mask_weight > 0 and self.encoded is not None and steps:
-                data.weights = self._mask_weights(unit, data, settings)
+            if settings.mask_weight > 0 and steps:
+                if self.encoded is not None:
+                    data.weights = self._mask_weights(unit, data, settings)
+                elif self.sensitivity is not None:
+                    data.weights = self.sensitivity.outputs.get(unit.stage)
             options = {
                 "steps": steps,
                 "seed": self.context.seed,
@@ -327,6 +336,26 @@ class Walk:
             seed=unit_seed(self.context.seed, name),
             device=self.device,
             progress=lambda step: self.progress(len(self.units) - 1, len(self.units), name, step, steps),
+        )
+
+    def _tune(self) -> None:
+        """Tunes the finished model as a whole, where the method asks for it."""
+        settings = self.method.tuning_settings
+        if settings is None or settings.steps == 0 or self.encoded is None or not self._decodes():
+            return
+        name, encoder = "whole model", self.parts[0]
+        self.report.tuning = tune(
+            self.model,
+            self.reference,
+            self.sites.family,
+            encoder if encoder.stages else None,
+            *self.encoded,
+            self.data.images,
+            (*(stage.name for stage in encoder.stages), self.sites.decoder),
+            settings,
+            seed=unit_seed(self.context.seed, name),
+            device=self.device,
+            progress=lambda step: self.progress(len(self.units) - 1, len(self.units), name, step, settings.steps),
         )
 
     def _observe(self, unit: Unit, data: UnitData) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from carsam.calibrate.sensitivity import RowWeights, unweighed
 from carsam.models.sites import AttentionSite, Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers.sampling import step_for
@@ -29,15 +30,25 @@ Call = tuple[tuple, dict[str, Any]]
 
 @dataclass
 class Calls:
-    """Arguments of an attention, one call an image: of images that teach, and of those that judge."""
+    """Arguments of an attention, one call an image: of images that teach, and of those that judge.
+
+    Attributes:
+        fit, judge: The calls.
+        fit_weights, judge_weights: Of the squared errors of the rows that they give; None where all count alike.
+    """
 
     fit: list[Call] = field(default_factory=list)
     judge: list[Call] = field(default_factory=list)
+    fit_weights: list[Tensor | None] = field(default_factory=list)
+    judge_weights: list[Tensor | None] = field(default_factory=list)
 
     def first(self, images: int) -> Calls:
         """Those of the first images alone."""
         judge = images // JUDGES
-        return Calls(self.fit[: images - judge], self.judge[:judge] or self.fit[: images - judge])
+        fit = slice(images - judge)
+        if not self.judge[:judge]:
+            return Calls(self.fit[fit], self.fit[fit], self.fit_weights[fit], self.fit_weights[fit])
+        return Calls(self.fit[fit], self.judge[:judge], self.fit_weights[fit], self.judge_weights[:judge])
 
 
 def island(path: str, module: nn.Module) -> nn.Module:
@@ -62,6 +73,15 @@ def call(module: nn.Module, arguments: Call) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
+def weighed(errors: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ of squared errors (..., channels), each row times its weight."""
+    squares = errors.square()
+    if weights is None:
+        return squares.sum()
+    # Prompts may lie in the first dimension or in the second.
+    return (squares.sum(-1) * weights.to(squares).view(squares.shape[:-1])).sum()
+
+
 def _cut(value: Any, *, windows: int, maps: bool) -> Any:
     """Some windows or prompts of a tensor, evenly spaced, and the middle of large maps; anything else as it is."""
     if not isinstance(value, Tensor) or value.dim() <= 2:
@@ -80,6 +100,7 @@ def captured_calls(
     data: CalibrationSet,
     images: int,
     hooks: Iterable[tuple[str, Callable[[Tensor, Tensor], None]]] = (),
+    weights: RowWeights = unweighed,
 ) -> dict[str, Calls]:
     """Calls of every attention, from one pass of the float model over each image.
 
@@ -89,15 +110,19 @@ def captured_calls(
         data: Calibration images; the first of them are used, every third judges.
         images: How many.
         hooks: What else looks on, as in :func:`carsam.transform.statistics.run_hooked`.
+        weights: Of the squared errors of an output projection's rows on an image; the decoder's attentions keep them.
     """
     calls = {site.name: Calls() for site in sites.attentions}
-    judging = False
+    judging, at = False, 0
 
     def see(site: AttentionSite, args: tuple, kwargs: dict) -> None:
         windows = PROMPTS if site.coupled else WINDOWS
         cut = partial(_cut, windows=windows, maps=not site.coupled)
         kept = tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
-        (calls[site.name].judge if judging else calls[site.name].fit).append(kept)
+        own = calls[site.name]
+        (own.judge if judging else own.fit).append(kept)
+        rows = weights(site.output, at) if site.coupled else None
+        (own.judge_weights if judging else own.fit_weights).append(None if rows is None else rows[:PROMPTS])
 
     handles = [
         model.get_submodule(site.name).register_forward_pre_hook(
@@ -108,11 +133,13 @@ def captured_calls(
     try:
         with hooked(model, hooks):
             for index, image in enumerate(data.images[:images]):
+                at = index
                 judging = index % JUDGES == JUDGES - 1
                 pass_over(model, sites, replace(image, boxes=image.boxes[:PROMPTS]))
     finally:
         for handle in handles:
             handle.remove()
     for each in calls.values():
-        each.judge = each.judge or each.fit  # too few images to hold any out
+        if not each.judge:  # too few images to hold any out
+            each.judge, each.judge_weights = each.fit, each.fit_weights
     return calls

@@ -19,13 +19,14 @@ from torch import nn
 
 from carsam.bits.plan import BitPlan
 from carsam.calibrate.observers import RangeRecorder
+from carsam.calibrate.sensitivity import MaskSensitivity
 from carsam.models.attention import MatMulQuantizers
 from carsam.models.prepare import attach_attention
 from carsam.models.sites import OPERANDS, AttentionSite, Sites
 from carsam.quantizers import ActivationQuantizer, SoftmaxQuantizer, simulate
 from carsam.quantizers.ranges import Range
 from carsam.transform import attention_equivalences as equivalences
-from carsam.transform.calls import Calls, call, island
+from carsam.transform.calls import Calls, call, island, weighed
 from carsam.transform.maps import query_key_map, value_output_map
 from carsam.transform.operands import Refused, operand
 from carsam.transform.rotation import hadamard
@@ -118,11 +119,13 @@ class Choices:
         softmax: Grid of the softmax output by attention.
         ranges: Observer by activation site where it is not the usual one, or the range itself.
         reports: One mapping an attention, and one for every folding that was refused.
+        sensitivity: What the masks make of errors, where it was asked.
     """
 
     softmax: dict[str, str] = field(default_factory=dict)
     ranges: dict[str, str | Range] = field(default_factory=dict)
     reports: list[dict[str, Any]] = field(default_factory=list)
+    sensitivity: MaskSensitivity | None = None
 
 
 class Trial:
@@ -148,7 +151,8 @@ class Trial:
     @property
     def energy(self) -> float:
         """Σ (float output − its mean)² over the judges' images: what errors are relative to."""
-        return sum((target - target.mean(-2, keepdim=True)).square().sum().item() for target in self._targets)
+        each = zip(self._targets, self._calls.judge_weights)
+        return sum(weighed(target - target.mean(-2, keepdim=True), weights).item() for target, weights in each)
 
     def error(self, module: nn.Module, grid: str, ranges: Mapping[str, str] | None = None) -> float:
         """Σ (output − float output)² over the judges' images, of a float attention when it is quantized.
@@ -172,7 +176,8 @@ class Trial:
         recorder.apply(self._observer)
         with simulate(weights=False, activations=True, drop=0.0):
             outputs = [call(attention, each) for each in self._calls.judge]
-        return sum((out - target).square().sum().item() for out, target in zip(outputs, self._targets))
+        each = zip(outputs, self._targets, self._calls.judge_weights)
+        return sum(weighed(out - target, weights).item() for out, target, weights in each)
 
 
 class Search:

@@ -4,7 +4,8 @@ Q M and K M⁻ᵀ give the same scores for any invertible M of a head, and V R w
 output (:mod:`carsam.transform.attention_equivalences`). The closed form (:mod:`carsam.transform.maps`) takes the errors
 of all codes for alike. They are not: a key that a prompt attends to must not be clipped, and of a key's error only what
 the queries see counts. So M, R and the steps are learned together, by straight-through gradients of the output's
-squared error on calibration images, and kept where images that they were not learned on lose less.
+squared error on calibration images (in the decoder weighed by what the masks make of it,
+:mod:`carsam.calibrate.sensitivity`), and kept where images that they were not learned on lose less.
 
 Everything is folded into the projections afterwards, and the steps go to their sites as ranges.
 """
@@ -29,7 +30,7 @@ from carsam.models.sites import OPERANDS, AttentionSite, Sites, replace_module
 from carsam.quantizers import ActivationQuantizer, SoftmaxQuantizer, simulate
 from carsam.quantizers.ranges import Range
 from carsam.transform import attention_equivalences as equivalences
-from carsam.transform.calls import Calls, call, island
+from carsam.transform.calls import Calls, call, island, weighed
 from carsam.transform.choice import LEAST_GAIN
 from carsam.transform.maps import query_key_map, value_output_map
 from carsam.transform.operands import Refused, heads_of, operand
@@ -146,6 +147,7 @@ class Learner:
     ):
         source = model.get_submodule(site.name)
         self._calls, self._observer = [*calls.fit, *calls.judge], observer
+        self._weights = [*calls.fit_weights, *calls.judge_weights]
         self._fit, self._judge = range(len(calls.fit)), range(len(calls.fit), len(self._calls))
         projections = {getattr(site, which).layer: _Replay() for which in OPERANDS[:3]}
         hooks = [(path, lambda _in, out, into=replay.outputs: into.append(out)) for path, replay in projections.items()]
@@ -211,12 +213,16 @@ class Learner:
     def error(self, maps: Maps) -> float:
         """Σ (output − float output)² over the judging images."""
         with self._mapped(maps), simulate(weights=False, activations=True, drop=0.0):
-            return sum((self._run(index) - self._targets[index]).square().sum().item() for index in self._judge)
+            return sum(self._loss(index).item() for index in self._judge)
+
+    def _loss(self, index: int) -> Tensor:
+        """Σ (output − float output)² of one image, rows weighed."""
+        return weighed(self._run(index) - self._targets[index], self._weights[index])
 
     def energy(self, indices: Sequence[int]) -> float:
         """Σ (float output − its mean)² a call: what a mean output explains is not the attention's to give."""
-        targets = [self._targets[index] for index in indices]
-        return sum((each - each.mean(-2, keepdim=True)).square().sum().item() for each in targets) / len(targets)
+        targets = [(self._targets[index], self._weights[index]) for index in indices]
+        return sum(weighed(each - each.mean(-2, keepdim=True), w).item() for each, w in targets) / len(targets)
 
     @property
     def judged_energy(self) -> float:
@@ -232,14 +238,14 @@ class Learner:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
         values = [*maps.parameters(), *learned]
         best, kept = self.error(maps), [each.detach().clone() for each in values]
-        taught, energy = [self._targets[index] for index in self._fit], max(self.energy(self._fit), 1e-20)
+        energy = max(self.energy(self._fit), 1e-20)
         draw = torch.Generator().manual_seed(seed)
         order: list[int] = []
         for step in range(steps):
-            order = order or torch.randperm(len(taught), generator=draw).tolist()
+            order = order or torch.randperm(len(self._fit), generator=draw).tolist()
             index = order.pop()
             with torch.enable_grad(), self._mapped(maps), simulate(weights=False, activations=True, drop=0.0):
-                loss = (self._run(index) - taught[index]).square().sum() / energy
+                loss = self._loss(index) / energy
                 gradients = torch.autograd.grad(loss, values)
             for value, gradient in zip(values, gradients):
                 value.grad = gradient

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from carsam.bits.plan import BitPlan
+from carsam.calibrate.sensitivity import RowWeights, sampled_rows, unweighed
 from carsam.models.sites import Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers.affine import decode, encode
@@ -32,6 +33,7 @@ class _Seen:
 
     record: UniformRecord = field(default_factory=UniformRecord)
     rows: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
 
 
 def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
@@ -53,6 +55,7 @@ def choose_ranges(
     observers: Sequence[str],
     leave: Container[str] = (),
     images: int = 9,
+    weights: RowWeights = unweighed,
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Observers of layers' inputs where another one than the first serves better.
 
@@ -64,6 +67,7 @@ def choose_ranges(
         observers: To choose from; the first is the usual one.
         leave: Layers to leave alone: their inputs have no single range.
         images: Calibration images to use.
+        weights: Of the squared errors of a layer's rows on an image.
 
     Returns:
         Observers by activation site, and one report a layer that got another one.
@@ -78,11 +82,14 @@ def choose_ranges(
     for index, image in enumerate(data.images[:images]):
         judging = judged and index % JUDGES == JUDGES - 1
 
-        def see(name: str, x: Tensor, judging: bool = judging) -> None:
+        def see(name: str, x: Tensor, judging: bool = judging, index: int = index) -> None:
             if not judging:
                 seen[name].record.update(x)
             if judging or not judged:
-                seen[name].rows.append(rows_of(model.get_submodule(name), x))
+                rows = rows_of(model.get_submodule(name), x)
+                seen[name].rows.append(rows)
+                own = weights(name, index)
+                seen[name].weights.append(rows.new_ones(rows.shape[1]) if own is None else sampled_rows(own, ROWS))
 
         hooks = [(name, lambda x, _out, name=name, see=see: see(name, x)) for name in layers]
         run_hooked(model, sites, CalibrationSet((image,), 0, ""), hooks)
@@ -94,11 +101,12 @@ def choose_ranges(
             continue
         layer, rows = model.get_submodule(name), torch.cat(seen[name].rows, dim=1)
         weight = layer.weight.detach().flatten(1).unflatten(0, (len(rows), -1)).transpose(1, 2)
+        own = torch.cat([each.to(rows) for each in seen[name].weights]).sqrt()[None, :, None]
         bits, errors = plan.activation_bits(site), {}
         for observer in observers:
             scale, zero = seen[name].record.uniform_grid(bits, observer)
             missing = decode(encode(rows, scale, zero, bits), scale, zero).sub_(rows)
-            errors[observer] = (missing @ weight).square().sum().item()
+            errors[observer] = (missing * own @ weight).square().sum().item()
         first, best = errors[observers[0]], min(errors, key=errors.get)
         if errors[best] < (1 - LEAST_GAIN) * first:
             chosen[site] = best

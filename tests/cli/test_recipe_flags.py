@@ -89,3 +89,10 @@ def test_a_recipe_keeps_the_normalisation(tmp_path):
     recipe.write_text("normalise: median\n")
     with pytest.raises(ConfigError, match="median"):
         quantize_config(recipe=recipe)
+
+
+def test_steps_are_those_of_a_unit_and_of_the_finished_model_unless_a_preset_tunes_nothing():
+    assert quantize_config(steps=7).settings["tuning"] == {"steps": 7}
+    assert quantize_config(steps=7, settings=["tuning.steps=9"]).settings["tuning"] == {"steps": 9}
+    assert quantize_config(steps=7, preset="fast").settings["tuning"] == {"steps": 0}
+    assert "tuning" not in quantize_config(steps=7, method="car-sam").settings

@@ -26,6 +26,8 @@ def short(name):
     has_steps = hasattr(create(name), "reconstruction")
     ranges = {"weight_observer": "min-max", "activation_observer": "min-max"}
     few = {"reconstruction": {"steps": 2, "decoder_steps": 2}} if has_steps else {}
+    if hasattr(create(name), "tuning"):
+        few["tuning"] = {"steps": 2}
     if hasattr(create(name), "refit"):
         few |= {
             "refit": {"damping": 0.1},
