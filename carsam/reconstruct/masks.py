@@ -18,11 +18,10 @@ from carsam.calibrate.cache import ActivationCache, CacheSpace
 from carsam.errors import ConfigError
 from carsam.models.family import Family, Tensors
 from carsam.prompts.calibration import CalibrationImage
-from carsam.quantizers import QuantizedLayer, SiteQuantizer, simulate
+from carsam.quantizers import QuantizedLayer, SiteQuantizer
+from carsam.reconstruct.judged import learn, split
 from carsam.reconstruct.units import Unit
 
-# Every fourth image judges what the others teach.
-HELD_OUT = 4
 # Learned values are judged this many times along the way, and the best are kept.
 JUDGED = 6
 
@@ -227,15 +226,12 @@ def tune_on_masks(
     part = model.get_submodule(scope)
     quantizers = [m for m in part.modules() if isinstance(m, SiteQuantizer) and m.bits < 16 and m.learns_scale]
     scales = [quantizer.learn_scale(relative=True) for quantizer in quantizers]
-    floats = _floats(part) if norms else []
+    floats = floats_of(part) if norms else []
     groups = [{"params": scales, "lr": rate}, {"params": floats, "lr": rate / 10}]
-    groups = [group for group in groups if group["params"]]
-    learned = [*scales, *floats]
     with torch.no_grad():
-        targets = [_targets(family, reference, float_encoded.get(i, device), image) for i, image in enumerate(images)]
+        targets = [targets_of(family, reference, float_encoded.get(i, device), image) for i, image in enumerate(images)]
     spread = _spread(targets)
-    judges = [i for i in range(len(images)) if i % HELD_OUT == HELD_OUT - 1] or list(range(len(images)))
-    pupils = [i for i in range(len(images)) if i not in judges] or judges
+    pupils, judges = split(len(images))
 
     def loss(index: int) -> Tensor:
         logits, scores = decoded(family, model, encoded.get(index, device), images[index])
@@ -243,46 +239,23 @@ def tune_on_masks(
         mask = (torch.sigmoid(logits) - goal.float()).square().mean() / spread[0]
         return mask + (scores - wanted).square().mean() / spread[1]
 
-    @torch.no_grad()
-    def judged() -> float:
-        return sum(loss(i).item() for i in judges) / len(judges)
+    def draw() -> int:
+        return pupils[int(torch.randint(len(pupils), ()))]
 
     for parameter in floats:
         parameter.requires_grad_(True)
     try:
-        with torch.random.fork_rng(devices=[]), simulate(weights=True, activations=True, drop=0.0):
-            torch.manual_seed(seed)
-            before = least = judged()
-            kept, best = [p.detach().clone() for p in learned], 0
-            optimiser = torch.optim.Adam(groups)
-            initial = [group["lr"] for group in optimiser.param_groups]
-            for step in range(steps if groups else 0):
-                index = pupils[int(torch.randint(len(pupils), ()))]
-                for group, start in zip(optimiser.param_groups, initial):
-                    group["lr"] = 0.5 * start * (1 + math.cos(math.pi * step / steps))
-                optimiser.zero_grad(set_to_none=True)
-                with torch.enable_grad():
-                    loss(index).backward()
-                optimiser.step()
-                if (step + 1) % max(1, steps // JUDGED) == 0 or step + 1 == steps:
-                    now = judged()
-                    if now < least:
-                        least, kept, best = now, [p.detach().clone() for p in learned], step + 1
-                if progress is not None:
-                    progress(step + 1)
-            with torch.no_grad():
-                for parameter, value in zip(learned, kept):
-                    parameter.copy_(value)
+        found = learn(groups, loss, draw, judges, steps=steps, points=JUDGED, seed=seed, progress=progress)
     finally:
         for parameter in floats:
             parameter.requires_grad_(False)
             parameter.grad = None
         for quantizer in quantizers:
             quantizer.settle()
-    return MaskReport(steps, before, least, best)
+    return MaskReport(steps, found.before, found.after, found.best)
 
 
-def _floats(part: nn.Module) -> list[nn.Parameter]:
+def floats_of(part: nn.Module) -> list[nn.Parameter]:
     """Weights and biases of norms, and biases of quantized layers."""
     found = []
     for module in part.modules():
@@ -293,7 +266,10 @@ def _floats(part: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def _targets(family: Family, reference: nn.Module, encoded: Tensors, image: CalibrationImage) -> tuple[Tensor, Tensor]:
+def targets_of(
+    family: Family, reference: nn.Module, encoded: Tensors, image: CalibrationImage
+) -> tuple[Tensor, Tensor]:
+    """The float model's masks (prompts, masks, h, w) as float16 probabilities, and predicted IoU (prompts, masks)."""
     logits, scores = decoded(family, reference, encoded, image)
     return torch.sigmoid(logits).half().cpu(), scores.cpu()
 

@@ -9,7 +9,6 @@ values are learned from few images. EfficientQAT tunes a language model's steps 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,8 +20,9 @@ from carsam.calibrate.cache import ActivationCache
 from carsam.errors import ConfigError
 from carsam.models.family import Family, Part, Tensors
 from carsam.prompts.calibration import CalibrationImage
-from carsam.quantizers import QuantizedLayer, SiteQuantizer, simulate
-from carsam.reconstruct.masks import HELD_OUT, decoded
+from carsam.quantizers import QuantizedLayer, SiteQuantizer
+from carsam.reconstruct.judged import learn, split
+from carsam.reconstruct.masks import decoded, floats_of, targets_of
 from carsam.reconstruct.optimize import MAX_STEPS
 
 # Learned values are judged this many times along the way, and the best are kept.
@@ -99,8 +99,9 @@ class _Losses:
         self.model, self.family, self.encoder, self.images, self.device = model, family, encoder, images, device
         self.encoded, self.float_encoded = encoded, float_encoded
         with torch.no_grad():
-            goals = [decoded(family, reference, float_encoded.get(i, device), each) for i, each in enumerate(images)]
-        self.goals = [(torch.sigmoid(logits).half().cpu(), scores.cpu()) for logits, scores in goals]
+            self.goals = [
+                targets_of(family, reference, float_encoded.get(i, device), each) for i, each in enumerate(images)
+            ]
         scores = torch.cat([scores.flatten() for _, scores in self.goals])
         self.spread = max(scores.var(unbiased=False).item(), 1e-4)
 
@@ -166,55 +167,31 @@ def tune(
     modules = list(dict.fromkeys(module for part in parts for module in part.modules()))
     quantizers = [m for m in modules if isinstance(m, SiteQuantizer) and m.bits < 16 and m.learns_scale]
     layers = [m for m in modules if isinstance(m, QuantizedLayer) and m.codes is not None]
-    floats = [p for m in modules if isinstance(m, nn.LayerNorm) for p in (m.weight, m.bias) if p is not None]
-    floats += [m.bias for m in modules if isinstance(m, QuantizedLayer) and m.bias is not None]
+    floats = [each for part in parts for each in floats_of(part)]
     groups = [
         {"params": [quantizer.learn_scale(relative=True) for quantizer in quantizers], "lr": settings.rate},
         {"params": [layer.learn_scales() for layer in layers], "lr": WEIGHT_RATE * settings.rate},
         {"params": floats, "lr": FLOAT_RATE * settings.rate},
     ]
-    groups = [group for group in groups if group["params"]]
-    learned = [each for group in groups for each in group["params"]]
+    values = sum(each.numel() for group in groups for each in group["params"])
     loss = _Losses(model, reference, family, encoder, encoded, float_encoded, images, device)
-    judges = [i for i in range(len(images)) if i % HELD_OUT == HELD_OUT - 1] or list(range(len(images)))
-    pupils = [i for i in range(len(images)) if i not in judges] or judges
+    pupils, judges = split(len(images))
+    order: list[int] = []
 
-    @torch.no_grad()
-    def judged() -> float:
-        return sum(loss(index).item() for index in judges) / len(judges)
+    def draw() -> int:
+        nonlocal order
+        order = order or torch.randperm(len(pupils)).tolist()
+        return pupils[order.pop()]
 
     for parameter in floats:
         parameter.requires_grad_(True)
-    steps = settings.steps
+    options = {"steps": settings.steps, "points": JUDGED, "seed": seed, "progress": progress}
     try:
-        with torch.random.fork_rng(devices=[]), simulate(weights=True, activations=True, drop=0.0):
-            torch.manual_seed(seed)
-            before = least = judged()
-            kept, best = [each.detach().clone() for each in learned], 0
-            optimiser = torch.optim.Adam(groups)
-            rates = [group["lr"] for group in optimiser.param_groups]
-            order: list[int] = []
-            for step in range(steps if groups else 0):
-                order = order or torch.randperm(len(pupils)).tolist()
-                for group, rate in zip(optimiser.param_groups, rates):
-                    group["lr"] = 0.5 * rate * (1 + math.cos(math.pi * step / steps))
-                optimiser.zero_grad(set_to_none=True)
-                with torch.enable_grad():
-                    loss(pupils[order.pop()]).backward()
-                optimiser.step()
-                if (step + 1) % max(1, steps // JUDGED) == 0 or step + 1 == steps:
-                    now = judged()
-                    if now < least:
-                        least, kept, best = now, [each.detach().clone() for each in learned], step + 1
-                if progress is not None:
-                    progress(step + 1)
-            with torch.no_grad():
-                for parameter, value in zip(learned, kept):
-                    parameter.copy_(value)
+        found = learn(groups, loss, draw, judges, **options)
     finally:
         for parameter in floats:
             parameter.requires_grad_(False)
             parameter.grad = None
         for each in (*quantizers, *layers):
             each.settle()
-    return TuningReport(steps, before, least, best, sum(each.numel() for each in learned))
+    return TuningReport(settings.steps, found.before, found.after, found.best, values)
