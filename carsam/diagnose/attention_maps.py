@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from carsam.diagnose.measures import dead_rows, entropy, focus_overlap, kl_divergence
 from carsam.diagnose.results import AttentionResult, Dissipation
 from carsam.models.sites import Sites
+from carsam.quantizers import simulate
 from carsam.quantizers.sampling import odd_step_within
 
 # Softmax outputs of one head that are kept from one pass. A global attention of ViT-B at 1024 px has 16 times as many;
@@ -50,7 +51,8 @@ class MapRecorder:
 
         handles = [module.register_forward_hook(hook_for(name)) for name, module in self._probs.items()]
         try:
-            yield self
+            with simulate(whole_heads=True):
+                yield self
         finally:
             for handle in handles:
                 handle.remove()

@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from carsam.models.implementations import IMPLEMENTATION
+from carsam.quantizers.simulation import current
 
 # Scores of one image in memory at a time: bounds the temporaries of an attention over a whole image (128 MB).
 CHUNK_ELEMENTS = 2**25
+# And at a time where nobody looks on (8 MB): larger temporaries come from the operating system page by page each time,
+# which takes a global attention of ViT-B half of its time.
+PIECE_ELEMENTS = 2**21
+
+
+def pieces(heads: int, queries: int, keys: int, unit: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Slices of heads and of queries that are computed at a time, in order: rows of P hang on nothing but their query.
+
+    Who observes is given whole heads, as many of each as ever: records keep a few rows of every piece.
+
+    Args:
+        heads: Of all of the batch.
+        queries, keys: Of a head.
+        unit: Queries that stay together: a row of a map.
+    """
+    whole = current().whole_heads or current().observe is not None
+    most = CHUNK_ELEMENTS if whole else min(PIECE_ELEMENTS, CHUNK_ELEMENTS)
+    together = max(1, most // (queries * keys))
+    rows = queries if whole or together > 1 else max(1, most // (keys * unit)) * unit
+    for head in range(0, heads, together):
+        for row in range(0, queries, rows):
+            yield slice(head, min(head + together, heads)), slice(row, min(row + rows, queries))
+
+
+def _joined(parts: list[tuple[slice, Tensor]]) -> Tensor:
+    """Outputs of :func:`pieces` with their heads, as one (heads, queries, dim)."""
+    whole: dict[int, list[Tensor]] = {}
+    for heads, output in parts:
+        whole.setdefault(heads.start, []).append(output)
+    joined = [each[0] if len(each) == 1 else torch.cat(each, dim=1) for each in whole.values()]
+    return joined[0] if len(joined) == 1 else torch.cat(joined)
 
 
 class MatMulQuantizers(nn.Module):
@@ -34,18 +67,20 @@ class MatMulQuantizers(nn.Module):
 
         Returns:
             Output (batch, heads, queries, dim) and P̂ (batch, heads, queries, keys); None where that is too large to be
-            kept, and its heads are computed one after the other.
+            kept, and is computed piece by piece.
         """
         # The scale goes to the small operand: on the scores it would be one more sweep over the largest tensor there
         # is.
         query, key = self.query(query) * scaling, self.key(key)
         size = query.shape[2] * key.shape[2]
         if mask is None and query.shape[1] * size > CHUNK_ELEMENTS:
-            step, value = max(1, CHUNK_ELEMENTS // size), self.value(value).flatten(0, 1)
-            outputs = []
-            for q, k, v in zip(query.flatten(0, 1).split(step), key.flatten(0, 1).split(step), value.split(step)):
-                outputs.append(torch.matmul(self.probs(torch.matmul(q, k.transpose(-2, -1)), value=v), v))
-            return torch.cat(outputs).unflatten(0, query.shape[:2]), None
+            shape = query.shape[:2]
+            query, key, value = query.flatten(0, 1), key.flatten(0, 1), self.value(value).flatten(0, 1)
+            parts = []
+            for heads, rows in pieces(len(query), query.shape[1], key.shape[1]):
+                scores = torch.matmul(query[heads, rows], key[heads].transpose(-2, -1))
+                parts.append((heads, torch.matmul(self.probs(scores, value=value[heads]), value[heads])))
+            return _joined(parts).unflatten(0, shape), None
         scores = torch.matmul(query, key.transpose(-2, -1))
         if mask is not None:
             scores = scores + mask
@@ -66,18 +101,18 @@ class MatMulQuantizers(nn.Module):
         """
         tokens = query.shape[1]
         query, key, value = self.query(query) * scaling, self.key(key), self.value(value)
-        step = max(1, CHUNK_ELEMENTS // tokens**2)
-        outputs = []
-        for start in range(0, len(query), step):
-            part = slice(start, start + step)
-            scores = torch.matmul(query[part], key[part].transpose(-2, -1))
+        width = 1 if relative is None else relative[0].shape[2]
+        parts = []
+        for heads, cells in pieces(len(query), tokens, tokens, unit=width):
+            scores = torch.matmul(query[heads, cells], key[heads].transpose(-2, -1))
             if relative is not None:
-                height, width = relative[0].shape[1:3]
+                height = tokens // width
+                rows = slice(cells.start // width, cells.stop // width)
                 # Two broadcast additions in place: the full (tokens × tokens) bias is never built.
-                grid = scores.view(-1, height, width, height, width)
-                grid.add_(relative[0][part][..., :, None]).add_(relative[1][part][..., None, :])
-            outputs.append(torch.matmul(self.probs(scores, value=value[part]), value[part]))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+                grid = scores.view(len(scores), -1, width, height, width)
+                grid.add_(relative[0][heads, rows][..., :, None]).add_(relative[1][heads, rows][..., None, :])
+            parts.append((heads, torch.matmul(self.probs(scores, value=value[heads]), value[heads])))
+        return _joined(parts)
 
 
 def carsam_attention(
@@ -101,7 +136,7 @@ def carsam_attention(
 
     Returns:
         Output (batch, queries, heads, head_dim), and the quantized attention (batch, heads, queries, keys); None where
-        that is too large to be kept, and its heads are computed one after the other.
+        that is too large to be kept, and is computed piece by piece.
     """
     quantizers: MatMulQuantizers = module.matmul
     output, probs = quantizers.attend(query, key, value, scaling, attention_mask)

@@ -27,6 +27,7 @@ class Simulation:
         settled: Activation quantizers without a grid let values pass instead of being an error: the model as far as it
             is quantized.
         observe: Called as ``observe(quantizer, values)`` before each activation quantizer, or None.
+        whole_heads: Large attentions give P by whole heads also where nobody observes.
     """
 
     weights: bool = False
@@ -35,6 +36,7 @@ class Simulation:
     drop_probs: bool = True
     settled: bool = False
     observe: Callable[[Any, torch.Tensor], None] | None = None
+    whole_heads: bool = False
 
 
 # A module-level value and not a ContextVar: autograd runs backward passes (and recomputation in them) on threads of

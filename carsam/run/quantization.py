@@ -149,6 +149,7 @@ def to_integers(
     """
     method, plan, stages, hooks = run.method, run.plan, context.stages, context.hooks
     data = sites.family.calibration_data(reference, data)
+    sites.family.compute_in_pieces(reference)
     treated = run.treated(sites)
     with stages("weight grids"):
         with hooks.work("transform"):

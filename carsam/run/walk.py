@@ -236,6 +236,8 @@ class Walk:
                 unit, data, steps, lambda step: self.progress(number, len(self.units), unit.name, step, steps)
             )
             report.after = relative_errors(self.model, unit, data, self.device, keep)
+            # Where nothing is learned, weights are rounded already: one pass tells both.
+            report.before = report.before or report.after
             report.seconds = time.perf_counter() - started
             finished = report, mac
             self.context.store.save(self.key, self.model, unit, report, mac)
@@ -258,12 +260,13 @@ class Walk:
         mac = method.prepare_unit(self.model, unit, data, self.sites, device)
         if any(getattr(each, "moves_ranges", True) for each in mac):
             self._observe(unit, data)  # what follows a changed attention sees other values
-        report = UnitReport(unit.name, before=relative_errors(self.model, unit, data, device))
+        report = UnitReport(unit.name)
         settings = method.reconstruction_for(unit)
         if settings is None:
             for layer in quantized_layers(unit.modules(self.model)):
                 layer.freeze()
         else:
+            report.before = relative_errors(self.model, unit, data, device)
             report.steps = steps
             if settings.mask_weight > 0 and steps:
                 if self.encoded is not None:

@@ -8,10 +8,23 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionLayer
 
 from carsam.calibrate.capture import capture_call
+from carsam.models.attention import CHUNK_ELEMENTS, MatMulQuantizers
 from carsam.models.family import Stage, Tensors
-from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION, AttentionSite, LayerSite, Projection, ResidualStream
+from carsam.models.sam.attention import QuantizedVisionAttention
+from carsam.models.sites import (
+    MLP_IN,
+    MLP_OUT,
+    PROJECTION,
+    AttentionSite,
+    LayerSite,
+    Projection,
+    ResidualStream,
+    replace_module,
+)
+from carsam.quantizers import ActivationQuantizer, UniformSoftmax
 from carsam.reconstruct.units import Unit
 
 if TYPE_CHECKING:
@@ -76,6 +89,23 @@ def residual(model: nn.Module) -> ResidualStream | str:
         return f"which layers write to the stream of its encoder is not known: there is no {missing[0]}"
     tables = () if model.get_submodule(ENCODER).pos_embed is None else (f"{ENCODER}.pos_embed",)
     return ResidualStream((f"{ENCODER}.patch_embed.projection", *written), tables, (f"{NECK}.conv1",))
+
+
+def attend_in_pieces(model: nn.Module) -> None:
+    """Gives blocks that attend over a large map the attention that never holds all of its scores.
+
+    transformers' own makes several tensors of 12 × 4,096 × 4,096 scores (0.8 GB) at once for ViT-B at 1024 px, which
+    takes most of the block's time.
+    """
+    # Families that derive from this one have other blocks.
+    for block, module in list(model.named_modules()):
+        if not isinstance(module, SamVisionLayer) or module.window_size or type(module.attn) is not SamVisionAttention:
+            continue
+        vision = model.config.vision_config
+        tokens = (vision.image_size // vision.patch_size) ** 2
+        if module.attn.num_attention_heads * tokens**2 > CHUNK_ELEMENTS:
+            matmul = MatMulQuantizers(*(ActivationQuantizer(16) for _ in range(3)), UniformSoftmax(16))
+            replace_module(model, f"{block}.attn", QuantizedVisionAttention(module.attn, matmul))
 
 
 def chain(path: str) -> Stage:

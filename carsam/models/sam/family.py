@@ -84,6 +84,9 @@ class Sam(Family):
             return QuantizedVisionAttention(attention, matmul)
         return super().with_matmul(attention, matmul)
 
+    def compute_in_pieces(self, model: nn.Module) -> None:
+        encoder.attend_in_pieces(model)
+
     def integer_module(self, module: nn.Module) -> nn.Module | None:
         from carsam.models.sam.integers import integer_module  # needs the runtime, which few models are used with
 
