@@ -167,7 +167,8 @@ class Family(ABC):
         return attention
 
     def compute_in_pieces(self, model: nn.Module) -> None:
-        """Replaces, in place, what builds huge temporaries in a float model by what computes the same piece by piece."""
+        """Replaces, in place, what makes huge temporaries in a float model by what gives the same piece by piece."""
+        return None
 
     def integer_module(self, module: nn.Module) -> nn.Module | None:
         """The form in which a module whose Linears run on integers does so as a whole; None where there is none.

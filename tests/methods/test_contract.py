@@ -31,7 +31,7 @@ def short(name):
     if hasattr(create(name), "refit"):
         few |= {
             "refit": {"damping": 0.1},
-            "equivalences": {"foldings": ["centre values"], "smoothing": [0.5], "observers": []},
+            "equivalences": {"foldings": ["centre values"], "smoothing": [0.5], "observers": [], "map_steps": 4},
         }
     return {**ranges, **few}
 

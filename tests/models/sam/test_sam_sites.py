@@ -11,6 +11,7 @@ from carsam.config import QuantizeConfig
 from carsam.errors import CheckpointError, ConfigError
 from carsam.methods.base import Method
 from carsam.models.family import find_sites
+from carsam.models.forward import encode_image
 from carsam.models.prepare import prepare_model
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
 
@@ -68,9 +69,9 @@ def prepared(nano, bits, softmax="uniform"):
 
 @torch.no_grad()
 @pytest.mark.parametrize("softmax", ["uniform", "row-max"])
-@pytest.mark.parametrize("chunk", [2**25, 49 * 49 * 4])
+@pytest.mark.parametrize("chunk", [2**25, 49 * 49 * 4, 1000])
 def test_outputs_are_the_float_models_while_nothing_is_simulated(nano, softmax, chunk, monkeypatch):
-    """Also in chunks of heads, as large attentions run."""
+    """Also in pieces of some heads and of some rows of one head's map, as large attentions run."""
     monkeypatch.setattr("carsam.models.attention.CHUNK_ELEMENTS", chunk)
     model = prepared(nano, "w4a4", softmax)
     g = torch.Generator().manual_seed(0)
@@ -81,6 +82,19 @@ def test_outputs_are_the_float_models_while_nothing_is_simulated(nano, softmax, 
     expected, got = nano(**inputs), model(**inputs)
     torch.testing.assert_close(got.pred_masks, expected.pred_masks, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got.iou_scores, expected.iou_scores, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_float_model_with_large_maps_attends_in_pieces(nano, monkeypatch):
+    monkeypatch.setattr("carsam.models.sam.encoder.CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr("carsam.models.attention.CHUNK_ELEMENTS", 1000)
+    model = copy.deepcopy(nano)
+    find_sites(model).family.compute_in_pieces(model)
+    changed = [block.window_size for block in model.vision_encoder.layers if hasattr(block.attn, "matmul")]
+    assert changed == [0] * sum(block.window_size == 0 for block in nano.vision_encoder.layers) != []
+    assert model.state_dict().keys() == nano.state_dict().keys()
+    pixels = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(encode_image(model, pixels), encode_image(nano, pixels), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

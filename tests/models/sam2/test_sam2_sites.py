@@ -88,8 +88,9 @@ def test_attentions_in_pieces_are_the_whole(model, monkeypatch):
         family.with_matmul(changed.get_submodule(site.name), matmul)
     pixels = torch.randn(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
     whole = encode_image(changed, pixels)
-    monkeypatch.setattr("carsam.models.attention.CHUNK_ELEMENTS", 100)
-    torch.testing.assert_close(encode_image(changed, pixels), whole)
+    for elements in (100, 10_000):
+        monkeypatch.setattr("carsam.models.attention.CHUNK_ELEMENTS", elements)
+        torch.testing.assert_close(encode_image(changed, pixels), whole)
     torch.testing.assert_close(encode_image(model, pixels), whole, atol=1e-5, rtol=1e-4)
 
 
