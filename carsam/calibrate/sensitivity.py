@@ -63,6 +63,8 @@ class SensitivitySettings:
     def __post_init__(self):
         if not 0 <= self.share <= 1 or self.draws < 1:
             raise ConfigError("the share that the masks weigh must lie in [0, 1], and draws be at least 1.")
+        if self.encoder and self.share == 0:
+            raise ConfigError("masks.encoder weighs nothing where masks.share is 0; set masks.share=0.9 as well.")
 
 
 @dataclass
