@@ -1,9 +1,9 @@
 """Pictures of docs/BEYOND.md: attention before and after, and the error along the decoder.
 
     carsam quantize embedded/sam-nano-256 --method rtn --data embedded/images/calibration/images \\
-        --coco embedded/images/calibration/instances.json --out rtn
+        --data-coco embedded/images/calibration/instances.json --out rtn
     carsam quantize embedded/sam-nano-256 --method car-sam-plus --data embedded/images/calibration/images \\
-        --coco embedded/images/calibration/instances.json --out plus
+        --data-coco embedded/images/calibration/instances.json --out plus
     python benchmarks/beyond_pictures.py embedded/sam-nano-256 --images embedded/images/evaluation/images \\
         --coco embedded/images/evaluation/instances.json --packed RTN=rtn --packed CAR-SAM+=plus --out docs
 

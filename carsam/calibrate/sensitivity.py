@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from carsam.calibrate.counted import Counted, uncounted
 from carsam.errors import ConfigError
 from carsam.models.family import DECODER, ENCODED, ENCODER, Part, Stage, Tensors
 from carsam.models.forward import encode_image
@@ -243,6 +244,7 @@ def mask_sensitivity(
     settings: SensitivitySettings,
     *,
     seed: int = 0,
+    counted: Counted = uncounted,
 ) -> MaskSensitivity | None:
     """How much the masks depend on every row of every layer's output.
 
@@ -256,6 +258,7 @@ def mask_sensitivity(
         data: Calibration images.
         settings: Of it.
         seed: Of the directions.
+        counted: Given the images.
 
     Returns:
         None where a family's masks cannot be differentiated.
@@ -267,7 +270,7 @@ def mask_sensitivity(
     outputs = passes.whole_stages()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for image in data.images:
+        for image in counted(data.images):
             squares: dict[str, Tensor] = {}
             inputs = passes.forwards(image)
             pulls = passes.decoder(inputs[-1], image, settings.draws, squares)

@@ -18,6 +18,7 @@ A new method is one new module in this folder, or in a package that announces it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -55,6 +56,8 @@ class Method:
     summary: ClassVar[str] = ""
     # Of the decoder's units; a method that lets the user choose has a setting of this name.
     granularity: ClassVar[str] = "module"
+    # Whether :meth:`choose` measures anything, which takes its time.
+    chooses: ClassVar[bool] = False
 
     weight_observer: str = "mse"
     activation_observer: str = "mse"
@@ -103,10 +106,18 @@ class Method:
         """Changes the float model in place before it is quantized; returns reports, plain mappings."""
         return []
 
-    def choose(self, model: nn.Module, sites: Sites, data: CalibrationSet, plan: BitPlan) -> Choices:
+    def choose(
+        self,
+        model: nn.Module,
+        sites: Sites,
+        data: CalibrationSet,
+        plan: BitPlan,
+        advance: Callable[[int, int], None] = lambda *_: None,
+    ) -> Choices:
         """Chooses by measuring on calibration images: what is folded into the float model, in place, and grids of P.
 
         Called after :meth:`transform`. An attention whose grid is not chosen gets that of :meth:`softmax_for`.
+        ``advance`` is told of parts done and their total.
         """
         return Choices()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from carsam.bits.plan import BitPlan
+from carsam.calibrate.counted import Count
 from carsam.calibrate.sensitivity import SensitivitySettings, mask_sensitivity, unweighed
 from carsam.compensate.mac import OFF, MacReport, MacSettings
 from carsam.compensate.refit import Passes, RefitReport, RefitSettings, refit_layers
@@ -110,7 +112,7 @@ class CarSamPlus(CarSam):
     Attributes:
         equivalences: What may be folded into weights.
         refit: Of every layer to its quantized input, and rounding with feedback where nothing is learned.
-        masks: Errors weighed by what the masks make of them, in all choices and in the refit.
+        masks: Errors weighed by what the masks make of them, in choices and refit; off unless its share is set.
         tuning: Of the finished model as a whole.
         learn: Learn rounding and steps; False rounds with feedback instead, and so does
             ``reconstruction.learn_rounding: false``, which learns the steps of activations afterwards.
@@ -123,6 +125,7 @@ class CarSamPlus(CarSam):
     """
 
     name: ClassVar[str] = "car-sam-plus"
+    chooses: ClassVar[bool] = True
     summary: ClassVar[str] = "CAR-SAM with equivalences, chosen grids of P and the refit of layers"
 
     reconstruction: ReconstructionSettings = field(default_factory=_reconstruction)
@@ -179,12 +182,20 @@ class CarSamPlus(CarSam):
             return [{"transform": "rotation", "refused": str(refusal)}]
         return [{"transform": "rotation", "channels": width}]
 
-    def choose(self, model: nn.Module, sites: Sites, data: CalibrationSet, plan: BitPlan) -> Choices:
+    def choose(
+        self,
+        model: nn.Module,
+        sites: Sites,
+        data: CalibrationSet,
+        plan: BitPlan,
+        advance: Callable[[int, int], None] = lambda *_: None,
+    ) -> Choices:
         """Norms, then attentions: each keeps what lowers its error on images that its ranges were not set on."""
         settings, reports = self.equivalences, []
+        counted = Count(self._parts(sites, len(data.images)), advance)
         sensitivity = None
         if self.masks.share > 0:
-            sensitivity = mask_sensitivity(model, sites, data, self.masks)
+            sensitivity = mask_sensitivity(model, sites, data, self.masks, counted=counted)
             if sensitivity is None:
                 why = f"The masks of {sites.family.name} models cannot be differentiated to weigh errors by them."
                 reports.append({"transform": "mask sensitivity", "refused": why})
@@ -201,12 +212,13 @@ class CarSamPlus(CarSam):
                 weight_observer=self.weight_observer,
                 images=settings.images,
                 strict=settings.strict,
+                counted=counted,
             )
         # One pass over the images for all that is asked of attentions.
         pairs = any(name in settings.foldings for name in MAPS)
         statistics, hooks = operand_statistics(model, sites.attentions, pairs=pairs)
         count = max(settings.images, settings.map_images if settings.map_steps else 0)
-        calls = captured_calls(model, sites, data, count, hooks, weights)
+        calls = captured_calls(model, sites, data, count, hooks, weights, counted)
         choices = choose_foldings(
             model,
             sites,
@@ -219,6 +231,7 @@ class CarSamPlus(CarSam):
             observer=self.activation_observer,
             observers=settings.observers,
             strict=settings.strict,
+            counted=counted,
         )
         reports += choices.reports
         ranges: dict[str, str | Range] = dict(choices.ranges)
@@ -233,6 +246,7 @@ class CarSamPlus(CarSam):
                 observer=self.activation_observer,
                 ranges=ranges,
                 steps=settings.map_steps,
+                counted=counted,
             )
             ranges |= learned
             reports += noted
@@ -242,7 +256,15 @@ class CarSamPlus(CarSam):
             # A channel of its own needs no choice: its range serves one filter.
             alone = {site.name for site in sites.layers if self._per_channel(site.role) or site.input in ranges}
             found, noted = choose_ranges(
-                model, sites, data, plan, observers=observers, leave=alone, images=settings.images, weights=weights
+                model,
+                sites,
+                data,
+                plan,
+                observers=observers,
+                leave=alone,
+                images=settings.images,
+                weights=weights,
+                counted=counted,
             )
             ranges |= found
             reports += noted
@@ -250,6 +272,15 @@ class CarSamPlus(CarSam):
             if "refused" in report:
                 logger.warning("%s It is left out.", report["refused"])
         return Choices(choices.softmax, ranges, reports, sensitivity)
+
+    def _parts(self, sites: Sites, images: int) -> int:
+        """Parts of :meth:`choose` that are counted: images, norms and attentions that it goes through."""
+        settings = self.equivalences
+        parts = images if self.masks.share > 0 else 0
+        parts += len(sites.readers) if settings.smoothing or settings.shift else 0
+        parts += min(images, max(settings.images, settings.map_images if settings.map_steps else 0))
+        parts += len(sites.attentions) * (2 if settings.map_steps else 1)
+        return parts + (min(images, settings.images) if settings.observers else 0)
 
     def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
         return self.softmax_of(self.grids[0], bits)

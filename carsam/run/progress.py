@@ -11,17 +11,18 @@ from typing import Any, Protocol, runtime_checkable
 KEPT = " (kept)"
 """Ends the name of a unit that an interrupted run finished; such a unit is reported once, with step 0 of 0."""
 
-# In this order; "units" where the method reconstructs units, "ranges" where it only observes ranges.
-STAGES = ("preparing", "proposals", "weight grids", "ranges", "units", "packing", "verifying")
+# In this order; "choices" where the method makes some, "units" where it reconstructs units, "ranges" where it only
+# observes ranges.
+STAGES = ("preparing", "proposals", "choices", "weight grids", "ranges", "units", "packing", "verifying")
 
 
 @dataclass(frozen=True)
 class PlannedUnit:
-    """A unit that a run will go through.
+    """A unit that a run will go through, or what is tuned after all of them.
 
     Attributes:
         name: Its own.
-        kind: ``encoder`` or ``decoder``: units of one kind take similar times a step.
+        kind: ``encoder``, ``decoder``, or what is tuned: units of one kind take similar times a step.
         steps: Of the optimiser.
         short: A shorter name for people.
     """

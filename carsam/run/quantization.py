@@ -151,10 +151,10 @@ def to_integers(
     data = sites.family.calibration_data(reference, data)
     sites.family.compute_in_pieces(reference)
     treated = run.treated(sites)
+    with stages("choices" if method.chooses else "weight grids"), hooks.work("transform"):
+        transforms = method.transform(reference, treated, data)
+        choices = method.choose(reference, treated, data, plan, stages.advance)
     with stages("weight grids"):
-        with hooks.work("transform"):
-            transforms = method.transform(reference, treated, data)
-            choices = method.choose(reference, treated, data, plan)
         softmax = chosen_softmax(choices.softmax, method)
         if run.config.budget is not None:
             plan, allocation = plan_for_budget(

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 Following = Callable[[nn.Module, Tensors, Tensors], Tensors]
 
+# What is tuned after the units: the decoder on its masks, and the model as a whole.
+MASKS, WHOLE = "masks", "whole model"
+
 
 @dataclass
 class WalkReport:
@@ -90,15 +93,20 @@ class Walk:
         # Embeddings by both models, once the walk has reached the decoder.
         self.encoded: tuple[ActivationCache, ActivationCache] | None = None
         self._decoding: bool | None = None
+        kinds = {stage.name: part.name for part in self.parts for stage in part.stages}
+        short = sites.family.names.short
+        # What is gone through: the units, then what is tuned once they are finished.
+        self.planned = [
+            PlannedUnit(unit.name, kinds[unit.stage], method.steps_for(unit, sites), short(unit.name))
+            for unit in self.units
+        ]
+        last = method.reconstruction_for(self.units[-1]) if self.units else None
+        if last is not None and last.mask_steps:
+            self.planned.append(PlannedUnit(MASKS, MASKS, last.mask_steps))
+        if method.tuning_settings is not None and method.tuning_settings.steps:
+            self.planned.append(PlannedUnit(WHOLE, WHOLE, method.tuning_settings.steps))
         if isinstance(context.progress, StageProgress):
-            kinds = {stage.name: part.name for part in self.parts for stage in part.stages}
-            short = sites.family.names.short
-            context.progress.expect(
-                [
-                    PlannedUnit(unit.name, kinds[unit.stage], method.steps_for(unit, sites), short(unit.name))
-                    for unit in self.units
-                ]
-            )
+            context.progress.expect(self.planned)
 
     def run(self) -> WalkReport:
         """Walks through all units; afterwards every weight in them is an integer."""
@@ -226,14 +234,14 @@ class Walk:
         finished = self.context.store.load(self.key, self.model, unit.name)
         if finished is not None:
             self.context.hooks.unit_found(unit.name)
-            self.progress(number, len(self.units), unit.name + KEPT, 0, 0)
+            self.progress(number, len(self.planned), unit.name + KEPT, 0, 0)
             if keep is not None:
                 relative_errors(self.model, unit, data, self.device, keep)
         else:
-            self.progress(number, len(self.units), unit.name, 0, steps)
+            self.progress(number, len(self.planned), unit.name, 0, steps)
             started = time.perf_counter()
             report, mac = self._quantize_unit(
-                unit, data, steps, lambda step: self.progress(number, len(self.units), unit.name, step, steps)
+                unit, data, steps, lambda step: self.progress(number, len(self.planned), unit.name, step, steps)
             )
             report.after = relative_errors(self.model, unit, data, self.device, keep)
             # Where nothing is learned, weights are rounded already: one pass tells both.
@@ -324,7 +332,6 @@ class Walk:
         settings = self.method.reconstruction_for(self.units[-1]) if self.units else None
         if settings is None or settings.mask_steps == 0 or (settings.mask_optional and not self._decodes()):
             return
-        name = "masks"
         steps = settings.mask_steps
         self.report.masks = tune_on_masks(
             self.model,
@@ -336,9 +343,9 @@ class Walk:
             steps=steps,
             rate=settings.mask_rate,
             norms=settings.mask_norms,
-            seed=unit_seed(self.context.seed, name),
+            seed=unit_seed(self.context.seed, MASKS),
             device=self.device,
-            progress=lambda step: self.progress(len(self.units) - 1, len(self.units), name, step, steps),
+            progress=self._tuning_progress(MASKS, steps),
         )
 
     def _tune(self) -> None:
@@ -346,7 +353,7 @@ class Walk:
         settings = self.method.tuning_settings
         if settings is None or settings.steps == 0 or self.encoded is None or not self._decodes():
             return
-        name, encoder = "whole model", self.parts[0]
+        encoder = self.parts[0]
         self.report.tuning = tune(
             self.model,
             self.reference,
@@ -356,10 +363,15 @@ class Walk:
             self.data.images,
             (*(stage.name for stage in encoder.stages), self.sites.decoder),
             settings,
-            seed=unit_seed(self.context.seed, name),
+            seed=unit_seed(self.context.seed, WHOLE),
             device=self.device,
-            progress=lambda step: self.progress(len(self.units) - 1, len(self.units), name, step, settings.steps),
+            progress=self._tuning_progress(WHOLE, settings.steps),
         )
+
+    def _tuning_progress(self, name: str, steps: int) -> Callable[[int], None]:
+        number = next(i for i, each in enumerate(self.planned) if each.name == name)
+        self.progress(number, len(self.planned), name, 0, steps)
+        return lambda step: self.progress(number, len(self.planned), name, step, steps)
 
     def _observe(self, unit: Unit, data: UnitData) -> None:
         """Ranges of a unit, from the quantized-so-far inputs, activations inside in floating point."""

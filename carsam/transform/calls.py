@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from carsam.calibrate.counted import Counted, uncounted
 from carsam.calibrate.sensitivity import RowWeights, unweighed
 from carsam.models.sites import AttentionSite, Sites
 from carsam.prompts.calibration import CalibrationSet
@@ -101,6 +102,7 @@ def captured_calls(
     images: int,
     hooks: Iterable[tuple[str, Callable[[Tensor, Tensor], None]]] = (),
     weights: RowWeights = unweighed,
+    counted: Counted = uncounted,
 ) -> dict[str, Calls]:
     """Calls of every attention, from one pass of the float model over each image.
 
@@ -111,6 +113,7 @@ def captured_calls(
         images: How many.
         hooks: What else looks on, as in :func:`carsam.transform.statistics.run_hooked`.
         weights: Of the squared errors of an output projection's rows on an image; the decoder's attentions keep them.
+        counted: Given the images.
     """
     calls = {site.name: Calls() for site in sites.attentions}
     judging, at = False, 0
@@ -132,7 +135,7 @@ def captured_calls(
     ]
     try:
         with hooked(model, hooks):
-            for index, image in enumerate(data.images[:images]):
+            for index, image in enumerate(counted(data.images[:images])):
                 at = index
                 judging = index % JUDGES == JUDGES - 1
                 pass_over(model, sites, replace(image, boxes=image.boxes[:PROMPTS]))

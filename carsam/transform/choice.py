@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from carsam.bits.plan import BitPlan
+from carsam.calibrate.counted import Counted, uncounted
 from carsam.calibrate.observers import RangeRecorder
 from carsam.calibrate.sensitivity import MaskSensitivity
 from carsam.models.attention import MatMulQuantizers
@@ -248,6 +249,7 @@ def choose_foldings(
     observer: str = "mse",
     observers: Sequence[str] = (),
     strict: bool = False,
+    counted: Counted = uncounted,
 ) -> Choices:
     """Chooses for every attention, and folds what was chosen into the model's weights.
 
@@ -263,6 +265,7 @@ def choose_foldings(
         observer: Of the ranges.
         observers: Other range searches to try for queries, keys and values.
         strict: Raise where an equivalence is refused, instead of noting it.
+        counted: Given the attentions.
 
     Returns:
         Grids and ranges by attention and operand, and what happened.
@@ -272,7 +275,7 @@ def choose_foldings(
     """
     choices = Choices()
     observers = (observer, *(each for each in observers if each != observer))
-    for site in sites.attentions:
+    for site in counted(sites.attentions):
         seen = calls[site.name]
         if not seen.fit:  # a pass over an image does not reach it: the memory of a video
             # Rows of P over thousands of tokens differ so much that one uniform step rounds a sixth of their mass away

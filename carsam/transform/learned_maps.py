@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from carsam.bits.plan import BitPlan
+from carsam.calibrate.counted import Counted, uncounted
 from carsam.calibrate.observers import RangeRecorder
 from carsam.models.attention import MatMulQuantizers
 from carsam.models.prepare import attach_attention
@@ -338,6 +339,7 @@ def learn_maps(
     observer: str,
     ranges: Mapping[str, Any],
     steps: int,
+    counted: Counted = uncounted,
 ) -> tuple[dict[str, Range], list[dict[str, Any]]]:
     """Learns maps of heads and ranges at every attention, and folds the maps into the model's weights.
 
@@ -351,13 +353,14 @@ def learn_maps(
         observer: Of ranges to start from.
         ranges: Observers by activation site where they are not the usual one.
         steps: Optimiser steps an attention.
+        counted: Given the attentions.
 
     Returns:
         Ranges by activation site, and a report for each attention.
     """
     found: dict[str, Range] = {}
     reports = []
-    for site in sites.attentions:
+    for site in counted(sites.attentions):
         seen = calls[site.name]
         bits = [plan.activation_bits(site.operand(which)) for which in OPERANDS]
         if not seen.fit or min(bits) >= 16 or site.name not in grids:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from carsam.bits.plan import BitPlan
+from carsam.calibrate.counted import Counted, uncounted
 from carsam.errors import ConfigError
 from carsam.models.sites import Sites
 from carsam.prompts.calibration import CalibrationSet
@@ -50,6 +51,7 @@ def choose_norms(
     weight_observer: str = "mse",
     images: int = 9,
     strict: bool = False,
+    counted: Counted = uncounted,
 ) -> list[dict[str, Any]]:
     """Moves and scales the channels of every norm that one Linear alone reads, where that lowers the Linear's error.
 
@@ -63,6 +65,7 @@ def choose_norms(
         observer, weight_observer: Of the ranges.
         images: Calibration images to use.
         strict: Raise where a move is refused, instead of noting it.
+        counted: Given the norms.
 
     Returns:
         One report a norm, and one for every move that was refused.
@@ -79,7 +82,7 @@ def choose_norms(
     statistics, hooks = input_statistics(model, [layer for _, layer in pairs])
     rows = _capture(model, sites, data, [layer for _, layer in pairs], images, hooks)
     reports: list[dict[str, Any]] = []
-    for norm, layer in pairs:
+    for norm, layer in counted(pairs):
         if not rows[layer].fit:  # the memory of a video: a pass over an image does not reach it
             continue
         reader = model.get_submodule(layer)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from carsam.bits.plan import BitPlan
+from carsam.calibrate.counted import Counted, uncounted
 from carsam.calibrate.sensitivity import RowWeights, sampled_rows, unweighed
 from carsam.models.sites import Sites
 from carsam.prompts.calibration import CalibrationSet
@@ -56,6 +57,7 @@ def choose_ranges(
     leave: Container[str] = (),
     images: int = 9,
     weights: RowWeights = unweighed,
+    counted: Counted = uncounted,
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Observers of layers' inputs where another one than the first serves better.
 
@@ -68,6 +70,7 @@ def choose_ranges(
         leave: Layers to leave alone: their inputs have no single range.
         images: Calibration images to use.
         weights: Of the squared errors of a layer's rows on an image.
+        counted: Given the images.
 
     Returns:
         Observers by activation site, and one report a layer that got another one.
@@ -79,7 +82,7 @@ def choose_ranges(
     }
     seen = {name: _Seen() for name in layers}
     judged = min(images, len(data.images)) >= JUDGES
-    for index, image in enumerate(data.images[:images]):
+    for index, image in enumerate(counted(data.images[:images])):
         judging = judged and index % JUDGES == JUDGES - 1
 
         def see(name: str, x: Tensor, judging: bool = judging, index: int = index) -> None:

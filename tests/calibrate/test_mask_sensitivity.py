@@ -120,6 +120,8 @@ def test_shares_are_checked_and_mix_with_plain_errors():
     for wrong in ({"share": 1.5}, {"draws": 0}):
         with pytest.raises(ConfigError, match=r"must lie in \[0, 1\]"):
             SensitivitySettings(**wrong)
+    with pytest.raises(ConfigError, match=r"set masks\.share"):
+        SensitivitySettings(share=0.0, encoder=True)
 
 
 def test_the_refit_serves_the_rows_that_count():
@@ -150,6 +152,7 @@ def test_a_video_has_no_masks_to_differentiate_and_the_report_says_so():
     side = family_of(model).image_size(model)
     images = [PromptedImage("0", torch.randn(1, 3, side, side), torch.tensor([[4.0, 4.0, 40.0, 50.0]]))]
     settings = {"learn": False, "refit": {"enabled": False}, "equivalences": {"map_steps": 0, "images": 1}}
+    settings["masks"] = {"share": 0.9}
     method = create("car-sam-plus", settings)
     sites = find_sites(model)
     data = sites.family.calibration_data(model, CalibrationSet.of(images))

@@ -104,6 +104,32 @@ def test_fast_learns_nothing_and_beats_rounding_to_nearest(name):
     assert {path: operands["probs"]["grid"] for path, operands in layout.items()} == chosen
 
 
+def test_choices_and_tuning_tell_how_far_they_are():
+    model, data = subject("sam")
+
+    class Progress:
+        stages, units, planned = [], [], []
+
+        def __call__(self, *told):
+            self.units.append(told)
+
+        def stage(self, *told):
+            self.stages.append(told)
+
+        def expect(self, units):
+            self.planned.extend(unit.name for unit in units)
+
+    few = {"foldings": [], "smoothing": [0.5], "shift": False, "images": 3, "map_images": 4, "map_steps": 1}
+    settings = {**QUICK, "learn": False, "refit": {"enabled": False}, "equivalences": few}
+    settings |= {"masks": {"share": 0.5, "draws": 1}, "tuning": {"steps": 2}}
+    carsam.quantize(model, data, QuantizeConfig("car-sam-plus", settings), progress=Progress())
+    told = [(done, total) for name, done, total in Progress.stages if name == "choices" and total]
+    assert told == [(done, told[0][1]) for done in range(told[0][1] + 1)]
+    assert Progress.planned[-1] == "whole model" and len(Progress.planned) == Progress.units[0][1]
+    count = len(Progress.planned)
+    assert Progress.units[-1] == (count - 1, count, "whole model", 2, 2)
+
+
 APART = "inputs of depthwise convolutions, if any, per channel"
 
 
