@@ -1,7 +1,8 @@
 """What small objects lose, and what the refit of layers makes of them: agreement with the float masks by size of box.
 
-    python benchmarks/small_objects.py embedded/sam-nano-256 --images IMAGES --coco INSTANCES.json --decoder-only \
-        --row "no refit=car-sam-plus learn=false refit.enabled=false" --row "refit=car-sam-plus learn=false"
+    python benchmarks/small_objects.py embedded/sam-nano-256 --images IMAGES --coco INSTANCES.json --decoder-only \\
+        --row "no refit=car-sam-plus learn=false tuning.steps=0 refit.enabled=false" \\
+        --row "refit=car-sam-plus learn=false tuning.steps=0"
 
 As ``choices.py``: the first 32 calibration images quantize, the next 32 judge. To each object's box another one is
 added, somewhere in it and of a size drawn evenly in its logarithm from 4 px up, so that there are enough small ones.
