@@ -144,9 +144,11 @@ def test_interrupted_and_resumed_it_gives_what_it_would_have_given(name, nano, s
 
     def watch(unit, n_units, unit_name, step, n_steps):
         if step:
-            computed.add(unit)
+            computed.add(unit_name)
 
     resumed = carsam.quantize(nano, small_set, config, out=out, resume=True, progress=watch)
+    # What is tuned after the units is not kept.
+    computed &= {unit.unit for unit in resumed.report.units}
     assert len(computed) == len(resumed.report.units) - finished, "finished units were computed again"
     assert (out / "model.safetensors").read_bytes() == (packed(name) / "model.safetensors").read_bytes()
 
