@@ -95,10 +95,6 @@ def _reconstruction() -> ReconstructionSettings:
     return ReconstructionSettings(steps=300, decoder_steps=300, drop_probs=False, scale_rate=1e-2, **masks)
 
 
-def _tuning() -> TuningSettings:
-    return TuningSettings(steps=300)
-
-
 def _masks() -> SensitivitySettings:
     # Weighing helps where nothing is learned afterwards (preset fast), and not where the masks' loss is learned from
     # (docs/RESULTS.md, 19).
@@ -113,7 +109,7 @@ class CarSamPlus(CarSam):
         equivalences: What may be folded into weights.
         refit: Of every layer to its quantized input, and rounding with feedback where nothing is learned.
         masks: Errors weighed by what the masks make of them, in choices and refit; off unless its share is set.
-        tuning: Of the finished model as a whole.
+        tuning: Of the finished model as a whole; off unless it is given steps.
         learn: Learn rounding and steps; False rounds with feedback instead, and so does
             ``reconstruction.learn_rounding: false``, which learns the steps of activations afterwards.
         reconstruction: Settings of the optimiser loop.
@@ -133,7 +129,7 @@ class CarSamPlus(CarSam):
     equivalences: EquivalenceSettings = field(default_factory=EquivalenceSettings)
     refit: RefitSettings = field(default_factory=RefitSettings)
     masks: SensitivitySettings = field(default_factory=_masks)
-    tuning: TuningSettings = field(default_factory=_tuning)
+    tuning: TuningSettings = field(default_factory=TuningSettings)
     learn: bool = True
     depthwise: str = PER_CHANNEL
 
@@ -348,7 +344,7 @@ def _stream_width(model: nn.Module, sites: Sites) -> int:
 
 # What --preset sets; the method's own settings are those of "balanced".
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"learn": False, "masks": {"share": 0.9}, "tuning": {"steps": 0}},
+    "fast": {"learn": False, "masks": {"share": 0.9}},
     "balanced": {},
-    "best": {"tuning": {"steps": 1000}},
+    "best": {"tuning": {"steps": 300}},
 }
