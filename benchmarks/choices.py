@@ -12,6 +12,7 @@ image encoder stays in floating point with ``--decoder-only``.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,14 @@ import options
 import torch
 import yaml
 from torch import nn
+from transformers import PreTrainedModel
 
 import carsam
 from carsam.config import QuantizeConfig
 from carsam.evaluate.intervals import difference_interval
 from carsam.models.forward import encode_image, predict_logits
 from carsam.prompts.calibration import CalibrationSet
+from carsam.prompts.image import PromptedImage
 from carsam.transform.stress import stress
 
 
@@ -70,25 +73,35 @@ def agreement(masks: list[torch.Tensor], floats: list[torch.Tensor]) -> list[Sco
     return found
 
 
-def main() -> None:
-    parser = options.parser(__doc__)
+def add_trial(parser: argparse.ArgumentParser) -> None:
+    """Rows to try, and the images that quantize and judge."""
     options.add_data(parser, measured=False)
     parser.add_argument("--row", action="append", default=[], required=True, help="LABEL=METHOD name=value ...")
     parser.add_argument("--calibrate", type=int, default=32, help="images to quantize on")
     parser.add_argument("--judge", type=int, default=32, help="images to measure on")
     parser.add_argument("--boxes", type=int, default=6, help="boxes an image")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stress", type=float, default=0.0)
     parser.add_argument("--decoder-only", action=argparse.BooleanOptionalAction, default=False)
+
+
+def drawn(model: PreTrainedModel, arguments: argparse.Namespace) -> tuple[Sequence[PromptedImage], ...]:
+    """Calibration images that quantize, and those that judge."""
+    count = arguments.calibrate + arguments.judge
+    given = {"coco": arguments.coco, "n_images": count, "minimum": count, "boxes_per_image": arguments.boxes}
+    chosen = carsam.calibration_set(model, arguments.images, **given, seed=arguments.seed).images
+    return chosen[: arguments.calibrate], chosen[arguments.calibrate :]
+
+
+def main() -> None:
+    parser = options.parser(__doc__)
+    add_trial(parser)
+    parser.add_argument("--stress", type=float, default=0.0)
     arguments = options.parse(parser)
 
     model = carsam.load_model(arguments.model)
     if arguments.stress:
         model = stress(model, arguments.stress)
-    count = arguments.calibrate + arguments.judge
-    given = {"coco": arguments.coco, "n_images": count, "minimum": count, "boxes_per_image": arguments.boxes}
-    chosen = carsam.calibration_set(model, arguments.images, **given, seed=arguments.seed).images
-    solve, judge = (CalibrationSet.of(part) for part in (chosen[: arguments.calibrate], chosen[arguments.calibrate :]))
+    solve, judge = map(CalibrationSet.of, drawn(model, arguments))
     floats = masks_of(model, judge)
     options.head("row", "IoU with the float masks", "to the first row (95 %)")
     first = None

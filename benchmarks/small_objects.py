@@ -12,13 +12,12 @@ Per size of box: mean IoU with the float model's mask, and places of the low-res
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from itertools import pairwise
 
 import options
 import torch
-from choices import agreement, masks_of, row_of
+from choices import add_trial, agreement, drawn, masks_of, row_of
 
 import carsam
 from carsam.config import QuantizeConfig
@@ -44,22 +43,14 @@ def with_smaller(image: PromptedImage, generator: torch.Generator) -> PromptedIm
 
 def main() -> None:
     parser = options.parser(__doc__)
-    options.add_data(parser, measured=False)
-    parser.add_argument("--row", action="append", default=[], required=True, help="LABEL=METHOD name=value ...")
-    parser.add_argument("--calibrate", type=int, default=32, help="images to quantize on")
-    parser.add_argument("--judge", type=int, default=32, help="images to measure on")
-    parser.add_argument("--boxes", type=int, default=6, help="boxes an image")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--decoder-only", action=argparse.BooleanOptionalAction, default=False)
+    add_trial(parser)
     arguments = options.parse(parser)
 
     model = carsam.load_model(arguments.model)
-    count = arguments.calibrate + arguments.judge
-    given = {"coco": arguments.coco, "n_images": count, "minimum": count, "boxes_per_image": arguments.boxes}
-    chosen = carsam.calibration_set(model, arguments.images, **given, seed=arguments.seed).images
-    solve = CalibrationSet.of(chosen[: arguments.calibrate])
+    solving, judging = drawn(model, arguments)
+    solve = CalibrationSet.of(solving)
     generator = torch.Generator().manual_seed(arguments.seed)
-    judge = CalibrationSet.of([with_smaller(image, generator) for image in chosen[arguments.calibrate :]])
+    judge = CalibrationSet.of([with_smaller(image, generator) for image in judging])
     areas = torch.cat([(image.boxes[:, 2:] - image.boxes[:, :2]).prod(1) for image in judge.images])
     floats = masks_of(model, judge)
     options.head("row", "box, px²", "boxes", "IoU with the float masks", "places, float", "places")
