@@ -82,7 +82,7 @@ def one_value(values: Tensor) -> float:
 
 def table(model: nn.Module, sites: Sites, data: CalibrationSet, bits: Bits, images: int) -> None:
     """Prints the errors of every attention."""
-    values, calls = values_of(model, sites, data, images), captured_calls(model, sites, data, images)
+    values, calls = values_of(model, sites, data, images), captured_calls(model, sites, data, images)[0]
     options.head("attention", "one value", "quantized", "values as they are", "centred at the mean", "at the median")
     for site in sites.attentions:
         found, module = values[site.name], model.get_submodule(site.name)

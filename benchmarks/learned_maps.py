@@ -39,7 +39,7 @@ def main() -> None:
     data = calibration_set(
         model, arguments.images, coco=arguments.coco, n_images=arguments.n_images, boxes_per_image=arguments.boxes
     )
-    calls = captured_calls(model, sites, data, arguments.n_images)
+    calls, _ = captured_calls(model, sites, data, arguments.n_images)
     options.head("attention", "in 4 bits", "no map", "closed form", "learned", "steps alone")
     for site in sites.attentions:
         for case, plan in CASES.items():

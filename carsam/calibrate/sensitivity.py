@@ -243,6 +243,7 @@ def mask_sensitivity(
     data: CalibrationSet,
     settings: SensitivitySettings,
     *,
+    encoded: Sequence[Tensors] = (),
     seed: int = 0,
     counted: Counted = uncounted,
 ) -> MaskSensitivity | None:
@@ -257,6 +258,7 @@ def mask_sensitivity(
         sites: The sites to treat.
         data: Calibration images.
         settings: Of it.
+        encoded: What the encoder gives on the first images, where it is known.
         seed: Of the directions.
         counted: Given the images.
 
@@ -270,9 +272,10 @@ def mask_sensitivity(
     outputs = passes.whole_stages()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for image in counted(data.images):
+        for index, image in enumerate(counted(data.images)):
             squares: dict[str, Tensor] = {}
-            inputs = passes.forwards(image)
+            known = index < len(encoded) and not settings.encoder
+            inputs = [encoded[index]] if known else passes.forwards(image)
             pulls = passes.decoder(inputs[-1], image, settings.draws, squares)
             if pulls is None:
                 return None
@@ -284,5 +287,5 @@ def mask_sensitivity(
             for name, square in squares.items():
                 rows.setdefault(name, []).append(_relative(square))
     # What is not reached by every image has no weights: a part of a family's own.
-    known = {name: found for name, found in rows.items() if len(found) == len(data.images)}
-    return MaskSensitivity(known, settings.share, outputs if settings.encoder else {})
+    everywhere = {name: found for name, found in rows.items() if len(found) == len(data.images)}
+    return MaskSensitivity(everywhere, settings.share, outputs if settings.encoder else {})

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carsam.calibrate.capture import capture_call
 from carsam.calibrate.sensitivity import RowWeights, sampled_rows, unweighed
+from carsam.compensate.passes import ROWS, FloatRows, QuantizedPasses, fitted_rows
 from carsam.compensate.ridge import LayerMoments, Objective, centred, correct_bias, refit, round_with_feedback
 from carsam.errors import ConfigError
 from carsam.quantizers import QuantizedLayer, simulate
-from carsam.quantizers.sampling import odd_step_within, sampled_patches
 
 # λ relative to the mean diagonal, from next to none to next to no refit.
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 # Every fourth calibration item judges them.
 HELD_OUT = 4
-# Rows of a layer's input that one calibration item gives: they differ far more between images than within one.
-ROWS = 1024
 WEIGHTS, BIAS, NONE = "weights", "bias", "none"
 
 
@@ -79,26 +73,6 @@ class RefitReport:
     rounded: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Passes:
-    """The passes of a unit over calibration items, each through quantized-so-far and float inputs.
-
-    Attributes:
-        quantized, floating: Run the unit, one callable an item.
-    """
-
-    quantized: list[Callable[[], object]]
-    floating: list[Callable[[], object]]
-
-
-def rows_of(layer: QuantizedLayer, x: Tensor, most: int) -> Tensor:
-    """What some of every group's outputs are computed from, (groups, rows, d): tokens, or patches under a kernel."""
-    if layer.conv is None:
-        flat = x.flatten(0, -2)[None]
-        return flat[:, :: odd_step_within(flat.shape[1], most)]
-    return sampled_patches(x, tuple(layer.weight.shape[-2:]), **layer.conv, most=most)
-
-
 def matrix(layer: QuantizedLayer) -> Tensor:
     """The weight as (groups, d, out / groups), with the bias as the last row where there is one."""
     groups = 1 if layer.conv is None else layer.conv["groups"]
@@ -118,34 +92,11 @@ def set_matrix(layer: QuantizedLayer, values: Tensor) -> None:
     layer.forget_rounding()
 
 
-def _rows(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """:func:`rows_of`, the same ones for inputs of one shape; with a column of ones where there is a bias."""
-    found = rows_of(layer, x, ROWS)
-    return F.pad(found, (0, 1), value=1.0) if layer.bias is not None else found.clone()
-
-
-def _float_rows(layers: dict[str, QuantizedLayer], runs: list[Callable[[], object]]) -> dict[str, list[Tensor]]:
-    """Rows of the layers' inputs in the float model, item by item; no weight may have changed yet."""
-    rows: dict[str, list[Tensor]] = {name: [] for name in layers}
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args, name=name: rows[name].append(_rows(module, args[0])))
-        for name, layer in layers.items()
-    ]
-    try:
-        with simulate(weights=False, activations=False):
-            for run in runs:
-                run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return rows
-
-
 @torch.no_grad()
 def refit_layers(
     model: nn.Module,
-    names: list[str],
-    passes: Passes,
+    runs: Sequence[Callable[[], object]],
+    floating: FloatRows,
     settings: RefitSettings,
     *,
     feedback: bool,
@@ -157,8 +108,8 @@ def refit_layers(
 
     Args:
         model: The model being quantized, ranges of the layers set, their weights in floating point.
-        names: Module paths of the layers in the order of execution.
-        passes: The unit over calibration items.
+        runs: Run the unit on calibration items, one callable an item.
+        floating: Rows of the layers' inputs in the float model on these items, layers in the order of execution.
         settings: Of the refit.
         feedback: Round with feedback afterwards: the weights are then values of their grids.
         together: Layers none of which reads what another gives (the projections of an attention): where they follow
@@ -169,12 +120,14 @@ def refit_layers(
     Returns:
         One report a layer.
     """
+    rows = floating.rows
+    names = list(rows)
     layers: dict[str, QuantizedLayer] = {name: model.get_submodule(name) for name in names}
-    floating = _float_rows(layers, passes.floating[: settings.items])
+    passes = QuantizedPasses(model, names, runs[: settings.items])
     reports = []
     for group in grouped(names, together):
-        exact = {name: floating.pop(name) for name in group}
-        gathered = _gather({name: layers[name] for name in group}, passes.quantized[: settings.items], exact, weights)
+        exact = {name: rows.pop(name) for name in group}
+        gathered = _gather({name: layers[name] for name in group}, passes, exact, weights)
         for name in group:
             reports.append(_refit_layer(name, layers[name], gathered[name], settings, feedback, weight_observer))
     return reports
@@ -193,41 +146,27 @@ def grouped(names: Sequence[str], together: Sequence[Sequence[str]]) -> list[lis
 
 
 def _gather(
-    layers: dict[str, QuantizedLayer],
-    runs: list[Callable[[], object]],
-    floating: dict[str, list[Tensor]],
-    weights: RowWeights,
+    layers: dict[str, QuantizedLayer], passes: QuantizedPasses, floating: dict[str, list[Tensor]], weights: RowWeights
 ) -> dict[str, tuple[LayerMoments, LayerMoments]]:
     """Moments of layers' inputs on the items that they are fitted to, and on those that judge.
 
     Args:
         layers: In the order of execution; none reads what another gives.
-        runs: Passes that reach them, one an item.
+        passes: Passes that reach them.
         floating: Rows of their inputs in the float model, item by item.
         weights: Of the squared errors of a layer's rows on an item.
     """
     moments = {name: (LayerMoments(), LayerMoments()) for name in layers}
-    *before, last = layers
-    for index, run in enumerate(runs):
-        seen: dict[str, Tensor] = {}
-        with ExitStack() as hooks, simulate(weights=True, activations=True, drop=0.0):
-            for name in before:
-                keep = partial(_keep, seen, name)
-                hooks.callback(layers[name].register_forward_pre_hook(keep).remove)
-            args, _ = capture_call(layers[last], run)
-            seen[last] = args[0]
+    for index, seen in enumerate(passes.inputs(list(layers))):
+        with simulate(weights=True, activations=True, drop=0.0):
             for name, layer in layers.items():
-                rounded = _rows(layer, layer.input_quantizer(seen[name]))
+                rounded = fitted_rows(layer, layer.input_quantizer(seen[name]))
                 exact, own = floating[name][index], weights(name, index)
                 if own is not None:
                     own = sampled_rows(own, ROWS).to(exact).sqrt()[None, :, None]
                     rounded, exact = rounded * own, exact * own
                 moments[name][index % HELD_OUT == HELD_OUT - 1].update(rounded, exact)
     return moments
-
-
-def _keep(seen: dict[str, Tensor], name: str, _module: object, args: tuple[Tensor, ...]) -> None:
-    seen[name] = args[0]
 
 
 def _refit_layer(

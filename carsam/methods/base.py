@@ -10,6 +10,7 @@ softmax_for        the quantizer of a softmax output                      ``soft
 transform          changes to the float model before anything else        none
 choose             changes that depend on bits, grids of softmax outputs  none
 units              what is reconstructed, in execution order              none (nearest rounding)
+float_rows         what is kept of the float model's pass over a unit     nothing
 prepare_unit       changes to a unit when its turn comes                  none
 =================  =====================================================  ==========================
 
@@ -25,6 +26,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from carsam.bits.plan import BitPlan
+from carsam.compensate.passes import FloatRows
 from carsam.errors import ConfigError
 from carsam.models.sites import Sites
 from carsam.plugins import named_subclasses
@@ -140,6 +142,13 @@ class Method:
         if settings is None:
             return 0
         return settings.decoder_steps if sites.in_decoder(unit.stage) else settings.steps
+
+    def float_rows(self, reference: nn.Module, unit: Unit, sites: Sites) -> FloatRows | None:
+        """Watches the float model's pass over a unit, which gives the unit's targets; None watches nothing.
+
+        :meth:`prepare_unit` finds what was seen as ``data.rows``.
+        """
+        return None
 
     def prepare_unit(self, model: nn.Module, unit: Unit, data: UnitData, sites: Sites, device: Any) -> list[Any]:
         """Changes a unit's float weights when its turn comes; returns reports."""

@@ -14,18 +14,18 @@ from carsam.bits.plan import BitPlan
 from carsam.calibrate.counted import Count
 from carsam.calibrate.sensitivity import SensitivitySettings, mask_sensitivity, unweighed
 from carsam.compensate.mac import OFF, MacReport, MacSettings
-from carsam.compensate.refit import Passes, RefitReport, RefitSettings, refit_layers
+from carsam.compensate.passes import FloatRows
+from carsam.compensate.refit import RefitReport, RefitSettings, refit_layers
 from carsam.errors import ConfigError
 from carsam.methods.car_sam import CarSam
 from carsam.models.sites import DEPTHWISE, ResidualStream, Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ChannelQuantizer, SiteQuantizer, SoftmaxQuantizer, UniformSoftmax, softmax_grids
 from carsam.quantizers.ranges import OBSERVERS, Range
-from carsam.reconstruct.layerwise import execution_order
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.tuning import TuningSettings
 from carsam.reconstruct.units import Unit, run_unit
-from carsam.transform.calls import captured_calls
+from carsam.transform.calls import captured_calls, weigh_calls
 from carsam.transform.choice import FOLDINGS, MAPS, Choices, choose_foldings
 from carsam.transform.learned_maps import learn_maps
 from carsam.transform.norm_choice import choose_norms
@@ -189,13 +189,6 @@ class CarSamPlus(CarSam):
         """Norms, then attentions: each keeps what lowers its error on images that its ranges were not set on."""
         settings, reports = self.equivalences, []
         counted = Count(self._parts(sites, len(data.images)), advance)
-        sensitivity = None
-        if self.masks.share > 0:
-            sensitivity = mask_sensitivity(model, sites, data, self.masks, counted=counted)
-            if sensitivity is None:
-                why = f"The masks of {sites.family.name} models cannot be differentiated to weigh errors by them."
-                reports.append({"transform": "mask sensitivity", "refused": why})
-        weights = unweighed if sensitivity is None else sensitivity.weights
         if settings.smoothing or settings.shift:
             reports += choose_norms(
                 model,
@@ -214,7 +207,16 @@ class CarSamPlus(CarSam):
         pairs = any(name in settings.foldings for name in MAPS)
         statistics, hooks = operand_statistics(model, sites.attentions, pairs=pairs)
         count = max(settings.images, settings.map_images if settings.map_steps else 0)
-        calls = captured_calls(model, sites, data, count, hooks, weights, counted)
+        calls, encoded = captured_calls(model, sites, data, count, hooks, counted)
+        sensitivity, weights = None, unweighed
+        if self.masks.share > 0:
+            sensitivity = mask_sensitivity(model, sites, data, self.masks, encoded=encoded, counted=counted)
+            if sensitivity is None:
+                why = f"The masks of {sites.family.name} models cannot be differentiated to weigh errors by them."
+                reports.append({"transform": "mask sensitivity", "refused": why})
+            else:
+                weights = sensitivity.weights
+                weigh_calls(calls, sites, weights)
         choices = choose_foldings(
             model,
             sites,
@@ -288,6 +290,13 @@ class CarSamPlus(CarSam):
     def tuning_settings(self) -> TuningSettings | None:
         return self.tuning
 
+    def float_rows(self, reference: nn.Module, unit: Unit, sites: Sites) -> FloatRows | None:
+        """What the refit is fitted to."""
+        if not self.refit.enabled:
+            return None
+        layers = [site.name for site in sites.layers if unit.holds(site.name)]
+        return FloatRows(reference, layers, self.refit.items)
+
     def prepare_unit(
         self, model: nn.Module, unit: Unit, data: UnitData, sites: Sites, device: torch.device
     ) -> list[MacReport | RefitReport]:
@@ -296,20 +305,16 @@ class CarSamPlus(CarSam):
         if not self.refit.enabled:
             return reports
 
-        def runs(of: Any) -> list[Any]:
-            return [
-                lambda index=index: run_unit(model, unit, of.get(index, device))
-                for index in range(min(len(of), self.refit.items))
-            ]
-
-        passes = Passes(runs(data.quantized), runs(data.floating))
-        names = execution_order(model, unit, passes.floating[0])
+        runs = [
+            lambda index=index: run_unit(model, unit, data.quantized.get(index, device))
+            for index in range(min(len(data.quantized), self.refit.items))
+        ]
         feedback = self.refit.feedback and not (self.learn and self.reconstruction.learn_rounding)
         projections = [(site.query.layer, site.key.layer, site.value.layer) for site in sites.attentions]
         return reports + refit_layers(
             model,
-            names,
-            passes,
+            runs,
+            data.rows,
             self.refit,
             feedback=feedback,
             together=projections,

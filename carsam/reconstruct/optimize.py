@@ -21,6 +21,7 @@ from carsam.reconstruct.losses import relative_loss
 from carsam.reconstruct.units import Unit, run_unit
 
 if TYPE_CHECKING:
+    from carsam.compensate.passes import FloatRows
     from carsam.reconstruct.masks import MaskWeights
 
 # How rounding and steps of activations are learned: together, or one after the other.
@@ -128,7 +129,7 @@ class UnitData:
     """Cached data of one unit: inputs from the quantized-so-far and from the float model, float targets.
 
     ``weights`` says what the masks make of errors in the outputs, where the loss asks for it; ``sensitivity`` what they
-    make of errors in its layers' outputs, where the method asks.
+    make of errors in its layers' outputs, and ``rows`` what the layers read in the float model, where the method asks.
     """
 
     quantized: ActivationCache
@@ -137,6 +138,7 @@ class UnitData:
     variances: list[float]
     weights: MaskWeights | OutputSensitivity | None = None
     sensitivity: MaskSensitivity | None = None
+    rows: FloatRows | None = None
 
     def batch_targets(self, indices: list[int], device: torch.device) -> tuple[torch.Tensor, ...]:
         """Targets of some images, in output order."""

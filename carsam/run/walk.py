@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,8 +161,7 @@ class Walk:
             with simulate(weights=True, activations=True):
                 unit_inputs = self._reach(unit, stage, quantized)
             float_inputs = self._reach(unit, stage, floating)
-            targets = self._targets(unit, float_inputs)
-            self._unit(unit, UnitData(unit_inputs, float_inputs, targets, variances(targets)))
+            self._unit(unit, self._data(unit, unit_inputs, float_inputs))
         if follows:
             with simulate(weights=True, activations=True):
                 quantized.inputs = self._behind(stage, quantized, following)
@@ -172,8 +172,8 @@ class Walk:
     ) -> None:
         """A unit that is its whole stage: what it gives, quantized and float, is what follows."""
         inputs, float_inputs = (stream.inputs.only(unit.reads) for stream in (quantized, floating))
-        targets = self._targets(unit, float_inputs)
-        data = UnitData(inputs, float_inputs, targets, variances(targets))
+        data = self._data(unit, inputs, float_inputs)
+        targets = data.targets
         if not follows:
             self._unit(unit, data)
             return
@@ -214,8 +214,12 @@ class Walk:
 
         return self._cached(run)
 
-    def _targets(self, unit: Unit, inputs: ActivationCache) -> ActivationCache:
-        return self._cached(lambda index: unit.run(self.reference, inputs.get(index, self.device)))
+    def _data(self, unit: Unit, inputs: ActivationCache, float_inputs: ActivationCache) -> UnitData:
+        """Inputs and targets of a unit, and what the method keeps of the pass that gives the targets."""
+        rows = self.method.float_rows(self.reference, unit, self.sites)
+        with nullcontext() if rows is None else rows.watching():
+            targets = self._cached(lambda index: unit.run(self.reference, float_inputs.get(index, self.device)))
+        return UnitData(inputs, float_inputs, targets, variances(targets), rows=rows)
 
     def _cached(self, make: Callable[[int], Tensors]) -> ActivationCache:
         return cached(self.context.space, (make(index) for index in range(len(self.data.images))))

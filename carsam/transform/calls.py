@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from carsam.calibrate.counted import Counted, uncounted
-from carsam.calibrate.sensitivity import RowWeights, unweighed
+from carsam.calibrate.sensitivity import RowWeights
+from carsam.models.family import Tensors
 from carsam.models.sites import AttentionSite, Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers.sampling import step_for
@@ -35,21 +36,33 @@ class Calls:
 
     Attributes:
         fit, judge: The calls.
-        fit_weights, judge_weights: Of the squared errors of the rows that they give; None where all count alike.
+        fit_images, judge_images: Numbers of their images.
+        rows: Weights of the squared errors of the rows that the call on an image gives; None where all count alike.
     """
 
     fit: list[Call] = field(default_factory=list)
     judge: list[Call] = field(default_factory=list)
-    fit_weights: list[Tensor | None] = field(default_factory=list)
-    judge_weights: list[Tensor | None] = field(default_factory=list)
+    fit_images: list[int] = field(default_factory=list)
+    judge_images: list[int] = field(default_factory=list)
+    rows: Callable[[int], Tensor | None] = lambda _image: None
+
+    @property
+    def fit_weights(self) -> list[Tensor | None]:
+        """Weights of the calls that teach."""
+        return [self.rows(image) for image in self.fit_images]
+
+    @property
+    def judge_weights(self) -> list[Tensor | None]:
+        """Weights of the calls that judge."""
+        return [self.rows(image) for image in self.judge_images]
 
     def first(self, images: int) -> Calls:
         """Those of the first images alone."""
         judge = images // JUDGES
         fit = slice(images - judge)
-        if not self.judge[:judge]:
-            return Calls(self.fit[fit], self.fit[fit], self.fit_weights[fit], self.fit_weights[fit])
-        return Calls(self.fit[fit], self.judge[:judge], self.fit_weights[fit], self.judge_weights[:judge])
+        teaching = self.fit[fit], self.fit_images[fit]
+        judging = (self.judge[:judge], self.judge_images[:judge]) if self.judge[:judge] else teaching
+        return Calls(teaching[0], judging[0], teaching[1], judging[1], self.rows)
 
 
 def island(path: str, module: nn.Module) -> nn.Module:
@@ -101,10 +114,9 @@ def captured_calls(
     data: CalibrationSet,
     images: int,
     hooks: Iterable[tuple[str, Callable[[Tensor, Tensor], None]]] = (),
-    weights: RowWeights = unweighed,
     counted: Counted = uncounted,
-) -> dict[str, Calls]:
-    """Calls of every attention, from one pass of the float model over each image.
+) -> tuple[dict[str, Calls], list[Tensors]]:
+    """Calls of every attention, from one pass of the float model over each image; and what its encoder gave.
 
     Args:
         model: Float model.
@@ -112,10 +124,13 @@ def captured_calls(
         data: Calibration images; the first of them are used, every third judges.
         images: How many.
         hooks: What else looks on, as in :func:`carsam.transform.statistics.run_hooked`.
-        weights: Of the squared errors of an output projection's rows on an image; the decoder's attentions keep them.
         counted: Given the images.
+
+    Returns:
+        Calls by attention; what the encoder gave on the images, where the family's passes go through that.
     """
     calls = {site.name: Calls() for site in sites.attentions}
+    encoded: list[Tensors] = []
     judging, at = False, 0
 
     def see(site: AttentionSite, args: tuple, kwargs: dict) -> None:
@@ -124,8 +139,7 @@ def captured_calls(
         kept = tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
         own = calls[site.name]
         (own.judge if judging else own.fit).append(kept)
-        rows = weights(site.output, at) if site.coupled else None
-        (own.judge_weights if judging else own.fit_weights).append(None if rows is None else rows[:PROMPTS])
+        (own.judge_images if judging else own.fit_images).append(at)
 
     handles = [
         model.get_submodule(site.name).register_forward_pre_hook(
@@ -138,11 +152,31 @@ def captured_calls(
             for index, image in enumerate(counted(data.images[:images])):
                 at = index
                 judging = index % JUDGES == JUDGES - 1
-                pass_over(model, sites, replace(image, boxes=image.boxes[:PROMPTS]))
+                given = pass_over(model, sites, replace(image, boxes=image.boxes[:PROMPTS]))
+                if given is not None:
+                    encoded.append(given)
     finally:
         for handle in handles:
             handle.remove()
     for each in calls.values():
         if not each.judge:  # too few images to hold any out
-            each.judge, each.judge_weights = each.fit, each.fit_weights
-    return calls
+            each.judge, each.judge_images = each.fit, each.fit_images
+    return calls, encoded
+
+
+def weigh_calls(calls: dict[str, Calls], sites: Sites, weights: RowWeights) -> None:
+    """Gives the calls of the decoder's attentions their weights.
+
+    Args:
+        calls: By attention.
+        sites: The sites.
+        weights: Of the squared errors of an output projection's rows on an image.
+    """
+
+    def rows(layer: str, image: int) -> Tensor | None:
+        found = weights(layer, image)
+        return None if found is None else found[:PROMPTS]
+
+    for site in sites.attentions:
+        if site.coupled:
+            calls[site.name].rows = partial(rows, site.output)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from carsam.models.family import ENCODED
+from carsam.models.family import ENCODED, Tensors
 from carsam.models.forward import encode_image
 from carsam.models.sites import AttentionSite, Sites
 from carsam.prompts.calibration import CalibrationImage, CalibrationSet
@@ -75,20 +75,24 @@ class ChannelStatistics:
         return torch.maximum(self.low.abs(), self.high.abs())
 
 
-def pass_over(model: nn.Module, sites: Sites, image: CalibrationImage) -> None:
-    """One pass over an image with its prompts; from its embedding, which may be kept, where that reaches all sites.
+def pass_over(model: nn.Module, sites: Sites, image: CalibrationImage) -> Tensors | None:
+    """One pass over an image with its prompts, from its embedding where that reaches all sites.
 
     Args:
         model: Float model.
         sites: The sites that are to be reached.
         image: A calibration image.
+
+    Returns:
+        What the encoder gave; None where the pass is the family's own.
     """
-    if not sites.encoder_stages and not sites.memory_stages:
+    if not sites.memory_stages:
         with torch.no_grad():
             encoded = {ENCODED: encode_image(model, image.pixel_values.to(model.device))}
             if sites.family.decode(model, encoded, image) is not None:
-                return
+                return encoded
     sites.family.forward(model, image)
+    return None
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from small_models import small_model
 from carsam.bits.plan import BitPlan
 from carsam.calibrate import sensitivity
 from carsam.calibrate.sensitivity import MaskSensitivity, SensitivitySettings, mask_sensitivity, sampled_rows
-from carsam.compensate.refit import Passes, RefitSettings, refit_layers, rows_of
+from carsam.compensate.passes import FloatRows, rows_of
+from carsam.compensate.refit import RefitSettings, refit_layers
 from carsam.config import QuantizeConfig
 from carsam.errors import ConfigError
 from carsam.methods.base import create
@@ -137,8 +138,12 @@ def test_the_refit_serves_the_rows_that_count():
     def error(weights):
         model = torch.nn.Module()
         model.layer = QuantizedLayer(copy.deepcopy(layer), 16, ActivationQuantizer(16))
-        passes = Passes([lambda x=x: model.layer(x) for x in quantized], [lambda x=x: model.layer(x) for x in floating])
-        refit_layers(model, ["layer"], passes, RefitSettings(), feedback=False, weights=weights)
+        rows = FloatRows(model, ["layer"], len(floating))
+        with rows.watching():
+            for x in floating:
+                model.layer(x)
+        runs = [lambda x=x: model.layer(x) for x in quantized]
+        refit_layers(model, runs, rows, RefitSettings(), feedback=False, weights=weights)
         with simulate(weights=True, activations=True):
             missing = [model.layer(x) - layer(y) for x, y in zip(quantized, floating)]
         return sum((each.square() * counts[..., None]).sum().item() for each in missing)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from carsam.calibrate.observers import RangeRecorder
-from carsam.compensate.refit import Passes, RefitSettings, grouped, matrix, refit_layers, rows_of, set_matrix
+from carsam.compensate.passes import FloatRows, rows_of
+from carsam.compensate.refit import RefitSettings, grouped, matrix, refit_layers, set_matrix
 from carsam.errors import ConfigError
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
 
@@ -70,9 +71,14 @@ def case(request):
     return reference, model, items
 
 
-def passes(model, items):
-    runs = [lambda item=item: model(item) for item in items]
-    return Passes(runs, runs)
+@torch.no_grad()
+def passes(model, layers, items):
+    """What the refit is given: runs of the unit, and rows of its layers in the float model."""
+    rows = FloatRows(model, layers, len(items))
+    with rows.watching(), simulate(weights=False, activations=False):
+        for item in items:
+            model(item)
+    return [lambda item=item: model(item) for item in items], rows
 
 
 def error(reference, model, items):
@@ -84,7 +90,7 @@ def error(reference, model, items):
 def test_errors_fall_also_on_items_that_it_has_not_seen(case, feedback):
     reference, model, items = case
     before = error(reference, model, items[16:])
-    reports = refit_layers(model, ["conv", "linear"], passes(model, items[:16]), RefitSettings(), feedback=feedback)
+    reports = refit_layers(model, *passes(model, ["conv", "linear"], items[:16]), RefitSettings(), feedback=feedback)
     assert error(reference, model, items[16:]) < 0.8 * before
     assert [report.refitted for report in reports] == ["conv", "linear"] and reports[0].kind == "weights"
     for report in reports:
@@ -128,13 +134,13 @@ def test_layers_that_do_not_read_each_other_share_a_pass():
     other = copy.deepcopy(model)
 
     def counted(each):
-        runs = [lambda item=item: (calls.append(1), each(item)) for item in items]
-        return Passes(runs, runs)
+        runs, rows = passes(each, names, items)
+        return [lambda run=run: (calls.append(1), run()) for run in runs], rows
 
-    refit_layers(model, names, counted(model), RefitSettings(), feedback=True)
+    refit_layers(model, *counted(model), RefitSettings(), feedback=True)
     apart, calls[:] = len(calls), []
-    refit_layers(other, names, counted(other), RefitSettings(), feedback=True, together=[("first", "second")])
-    assert (apart, len(calls)) == (4 * len(items), 3 * len(items))  # one of them through the float model
+    refit_layers(other, *counted(other), RefitSettings(), feedback=True, together=[("first", "second")])
+    assert (apart, len(calls)) == (3 * len(items), 2 * len(items))
     for name in names:
         assert torch.equal(model.get_submodule(name).weight, other.get_submodule(name).weight)
 
@@ -149,7 +155,7 @@ def test_only_neighbours_share_a_pass():
 def test_targets_are_the_float_models(case):
     """Float rows are gathered before the first layer changes: the second layer is fitted to the float unit."""
     reference, model, items = case
-    second = refit_layers(model, ["conv", "linear"], passes(model, items), RefitSettings(), feedback=True)[1]
+    second = refit_layers(model, *passes(model, ["conv", "linear"], items), RefitSettings(), feedback=True)[1]
     x = torch.cat([torch.relu(reference.conv(item)).permute(0, 2, 3, 1).flatten(0, 2) for item in items])
     with torch.no_grad(), simulate(weights=True, activations=True):
         got = torch.cat([model(item).flatten(0, 2) for item in items])
@@ -163,7 +169,7 @@ def test_what_makes_held_out_items_worse_is_left_alone(case):
     for layer in (model.conv, model.linear):
         layer.input_quantizer = ActivationQuantizer(16)  # nothing to compensate
     before = [matrix(layer) for layer in (model.conv, model.linear)]
-    reports = refit_layers(model, ["conv"], passes(model, items), RefitSettings(), feedback=False)
+    reports = refit_layers(model, *passes(model, ["conv"], items), RefitSettings(), feedback=False)
     assert (reports[0].kind, reports[0].damping, reports[0].change) == ("none", None, 0)
     assert torch.equal(matrix(model.conv), before[0])
 
@@ -172,7 +178,7 @@ def test_biases_alone(case):
     _, model, items = case
     weight = model.linear.weight.clone()
     settings = RefitSettings(weights=False)
-    (report,) = refit_layers(model, ["linear"], passes(model, items), settings, feedback=False)
+    (report,) = refit_layers(model, *passes(model, ["linear"], items), settings, feedback=False)
     assert report.kind == "bias" and torch.equal(model.linear.weight, weight)
     assert report.error[1] < report.error[0]
 

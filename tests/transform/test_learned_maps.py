@@ -47,7 +47,7 @@ def learned(name, plan=W4A4, steps=40):
         changed,
         sites,
         plan,
-        captured_calls(changed, sites, data, len(data.images)),
+        captured_calls(changed, sites, data, len(data.images))[0],
         softmax=lambda grid, _site, bits: softmax_grids()[grid](bits),
         grids=grids,
         observer="min-max",
