@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from carsam.device import resolve_device
 from carsam.errors import CarsamError, ConfigError
 from carsam.methods.base import create
 from carsam.models.family import find_sites
+from carsam.models.forward import remembered
 from carsam.output.checks import check_equal, check_space, ingredients
 from carsam.output.files import write_json
 from carsam.output.finished import RESULTS, differing_settings, finished_report, read_quantization, read_recipe
@@ -130,6 +131,7 @@ def quantize(
             with stages("preparing"):
                 reference = reference_model(model, run.device, normalisation, config.image_size)
                 sites = find_sites(reference)
+                sites.family.compute_in_pieces(reference)
                 run.plan = config.bit_plan(sites)
                 run.plan.check(sites)
             if config.decoder_only:
@@ -137,9 +139,11 @@ def quantize(
                 stack.enter_context((embeddings or Embeddings()).serving(reference))
             data = images
             if not isinstance(images, CalibrationSet):
-                with stages("proposals", config.calibration.n_images):
+                # Embeddings are kept on disk where the encoder stays as it is; else for this run.
+                keeping = nullcontext([]) if config.decoder_only else remembered(reference)
+                with stages("proposals", config.calibration.n_images), keeping as known:
                     settings = asdict(config.calibration)
-                    data = data_for(reference, sites, **settings, progress=stages.advance)
+                    data = data_for(reference, sites, **settings, progress=stages.advance).with_embeddings(known)
             if partial is not None and output is not None:
                 if kept is not None:
                     found = ingredients(reference, data, run.method, config, run.device)

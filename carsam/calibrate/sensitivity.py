@@ -177,6 +177,14 @@ class _Passes:
         prefix = self.sites.decoder if stage is None else stage.name
         return [name for name in self.layers if name.startswith(prefix + ".")]
 
+    def known(self, index: int, data: CalibrationSet, encoded: Sequence[Tensors]) -> list[Tensors] | None:
+        """What the encoder gives on an image, where somebody computed it before."""
+        if index < len(encoded):
+            return [encoded[index]]
+        if index < len(data.embeddings) and (embedding := data.embeddings[index]) is not None:
+            return [{ENCODED: embedding.to(self.device).float()}]
+        return None
+
     @torch.no_grad()
     def forwards(self, image: CalibrationImage) -> list[Tensors]:
         """The inputs of every encoder stage, and what the last one gives."""
@@ -258,7 +266,7 @@ def mask_sensitivity(
         sites: The sites to treat.
         data: Calibration images.
         settings: Of it.
-        encoded: What the encoder gives on the first images, where it is known.
+        encoded: What the encoder gives on the first of the images, where that is known.
         seed: Of the directions.
         counted: Given the images.
 
@@ -274,8 +282,8 @@ def mask_sensitivity(
         torch.manual_seed(seed)
         for index, image in enumerate(counted(data.images)):
             squares: dict[str, Tensor] = {}
-            known = index < len(encoded) and not settings.encoder
-            inputs = [encoded[index]] if known else passes.forwards(image)
+            inputs = passes.known(index, data, encoded) if not settings.encoder else None
+            inputs = inputs or passes.forwards(image)
             pulls = passes.decoder(inputs[-1], image, settings.draws, squares)
             if pulls is None:
                 return None

@@ -98,8 +98,7 @@ class QuantizedPasses:
         for index, run in enumerate(self.runs):
             seen: dict[str, Tensor] = {}
             with ExitStack() as stack, simulate(weights=True, activations=True, drop=0.0):
-                for finished in self._finished:
-                    stack.enter_context(finished.left_out(index))
+                stack.enter_context(self.left_out(index))
                 for name in before:
                     keep = partial(_keep, seen, name)
                     stack.callback(self.model.get_submodule(name).register_forward_pre_hook(keep).remove)
@@ -114,6 +113,17 @@ class QuantizedPasses:
         if finishing is not None:
             self._room -= finishing.bytes
             self._finished.append(finishing)
+
+    @contextmanager
+    def left_out(self, index: int) -> Iterator[None]:
+        """While the block runs the unit on an item, finished modules are not computed again.
+
+        Layers must be as they were fitted, integers or about to become them.
+        """
+        with ExitStack() as stack:
+            for finished in self._finished:
+                stack.enter_context(finished.left_out(index))
+            yield
 
     def _ends(self, last: str) -> str | None:
         """The largest module whose layers are all fitted once ``last`` is; None where that is ``last`` or the unit."""
@@ -149,7 +159,7 @@ class _Finished:
     @contextmanager
     def left_out(self, index: int) -> Iterator[None]:
         """While the block runs the unit on an item, the layer alone is computed."""
-        if not self.usable:
+        if not self.usable or index >= len(self.inputs):
             yield
         elif not self._known:
             with self._looking():

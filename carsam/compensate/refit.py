@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from carsam.calibrate.sensitivity import RowWeights, sampled_rows, unweighed
-from carsam.compensate.passes import ROWS, FloatRows, QuantizedPasses, fitted_rows
+from carsam.compensate.passes import ROWS, QuantizedPasses, fitted_rows
 from carsam.compensate.ridge import LayerMoments, Objective, centred, correct_bias, refit, round_with_feedback
 from carsam.errors import ConfigError
 from carsam.quantizers import QuantizedLayer, simulate
@@ -95,8 +95,8 @@ def set_matrix(layer: QuantizedLayer, values: Tensor) -> None:
 @torch.no_grad()
 def refit_layers(
     model: nn.Module,
-    runs: Sequence[Callable[[], object]],
-    floating: FloatRows,
+    passes: QuantizedPasses,
+    floating: dict[str, list[Tensor]],
     settings: RefitSettings,
     *,
     feedback: bool,
@@ -108,8 +108,8 @@ def refit_layers(
 
     Args:
         model: The model being quantized, ranges of the layers set, their weights in floating point.
-        runs: Run the unit on calibration items, one callable an item.
-        floating: Rows of the layers' inputs in the float model on these items, layers in the order of execution.
+        passes: Over the unit, one an item.
+        floating: Rows of the layers' inputs in the float model on these items.
         settings: Of the refit.
         feedback: Round with feedback afterwards: the weights are then values of their grids.
         together: Layers none of which reads what another gives (the projections of an attention): where they follow
@@ -120,13 +120,10 @@ def refit_layers(
     Returns:
         One report a layer.
     """
-    rows = floating.rows
-    names = list(rows)
-    layers: dict[str, QuantizedLayer] = {name: model.get_submodule(name) for name in names}
-    passes = QuantizedPasses(model, names, runs[: settings.items])
+    layers: dict[str, QuantizedLayer] = {name: model.get_submodule(name) for name in passes.layers}
     reports = []
-    for group in grouped(names, together):
-        exact = {name: rows.pop(name) for name in group}
+    for group in grouped(passes.layers, together):
+        exact = {name: floating.pop(name) for name in group}
         gathered = _gather({name: layers[name] for name in group}, passes, exact, weights)
         for name in group:
             reports.append(_refit_layer(name, layers[name], gathered[name], settings, feedback, weight_observer))

@@ -14,7 +14,7 @@ from carsam.bits.plan import BitPlan
 from carsam.calibrate.counted import Count
 from carsam.calibrate.sensitivity import SensitivitySettings, mask_sensitivity, unweighed
 from carsam.compensate.mac import OFF, MacReport, MacSettings
-from carsam.compensate.passes import FloatRows
+from carsam.compensate.passes import FloatRows, QuantizedPasses
 from carsam.compensate.refit import RefitReport, RefitSettings, refit_layers
 from carsam.errors import ConfigError
 from carsam.methods.car_sam import CarSam
@@ -309,12 +309,16 @@ class CarSamPlus(CarSam):
             lambda index=index: run_unit(model, unit, data.quantized.get(index, device))
             for index in range(min(len(data.quantized), self.refit.items))
         ]
+        # In the order in which the float model came by them.
+        passes = QuantizedPasses(model, list(data.rows.rows), runs)
+        if not self.learn:
+            data.around = passes.left_out
         feedback = self.refit.feedback and not (self.learn and self.reconstruction.learn_rounding)
         projections = [(site.query.layer, site.key.layer, site.value.layer) for site in sites.attentions]
         return reports + refit_layers(
             model,
-            runs,
-            data.rows,
+            passes,
+            data.rows.rows,
             self.refit,
             feedback=feedback,
             together=projections,

@@ -60,6 +60,24 @@ def served(model: nn.Module, source: Source) -> Iterator[None]:
             _sources[id(model)] = before
 
 
+@contextmanager
+def remembered(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Keeps what the encoder of this very model gives inside the block.
+
+    Yields:
+        Pixels as they were given, and their embeddings in half precision on the CPU.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def source(pixel_values: Tensor, encode: Callable[[], Tensor]) -> Tensor:
+        embedding = encode()
+        kept.append((pixel_values, embedding.detach().half().cpu()))
+        return embedding
+
+    with served(model, source):
+        yield kept
+
+
 _ELSEWHERE = "carsam_halves"
 
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +40,23 @@ class CalibrationSet:
         images: In the order of the seeded choice.
         skipped: Images that were chosen but missing or unreadable.
         fingerprint: SHA-256 over pixels and boxes; equal fingerprints mean equal data.
+        embeddings: Of the images, by the model that they are there for, float16; None where they are not known.
     """
 
     images: tuple[CalibrationImage, ...]
     skipped: int
     fingerprint: str
+    embeddings: tuple[Tensor | None, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, images: Sequence[CalibrationImage], skipped: int = 0) -> CalibrationSet:
         """A set of these images, with their fingerprint."""
         return cls(tuple(images), skipped, _fingerprint(images))
+
+    def with_embeddings(self, known: Sequence[tuple[Tensor, Tensor]]) -> CalibrationSet:
+        """The set with embeddings of those images whose very pixels are among ``known``, with their embeddings."""
+        by_pixels = {id(pixels): embedding for pixels, embedding in known}
+        return replace(self, embeddings=tuple(by_pixels.get(id(image.pixel_values)) for image in self.images))
 
 
 def calibration_set(

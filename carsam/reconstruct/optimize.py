@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -130,6 +130,7 @@ class UnitData:
 
     ``weights`` says what the masks make of errors in the outputs, where the loss asks for it; ``sensitivity`` what they
     make of errors in its layers' outputs, and ``rows`` what the layers read in the float model, where the method asks.
+    ``around(index)`` is entered where the finished unit is run on an item once more.
     """
 
     quantized: ActivationCache
@@ -139,6 +140,7 @@ class UnitData:
     weights: MaskWeights | OutputSensitivity | None = None
     sensitivity: MaskSensitivity | None = None
     rows: FloatRows | None = None
+    around: Callable[[int], AbstractContextManager[object]] = nullcontext
 
     def batch_targets(self, indices: list[int], device: torch.device) -> tuple[torch.Tensor, ...]:
         """Targets of some images, in output order."""
@@ -166,7 +168,8 @@ def relative_errors(
     counts = [0] * len(data.variances)
     with simulate(weights=True, activations=True, drop=0.0):
         for index in range(len(data.quantized)):
-            outputs = run_unit(model, unit, data.quantized.get(index, device))
+            with data.around(index):
+                outputs = run_unit(model, unit, data.quantized.get(index, device))
             if keep is not None:
                 keep(outputs)
             for i, (output, target) in enumerate(zip(outputs, data.batch_targets([index], device))):

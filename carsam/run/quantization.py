@@ -149,7 +149,6 @@ def to_integers(
     """
     method, plan, stages, hooks = run.method, run.plan, context.stages, context.hooks
     data = sites.family.calibration_data(reference, data)
-    sites.family.compute_in_pieces(reference)
     treated = run.treated(sites)
     with stages("choices" if method.chooses else "weight grids"), hooks.work("transform"):
         transforms = method.transform(reference, treated, data)

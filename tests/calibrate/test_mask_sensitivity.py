@@ -10,7 +10,7 @@ from small_models import small_model
 from carsam.bits.plan import BitPlan
 from carsam.calibrate import sensitivity
 from carsam.calibrate.sensitivity import MaskSensitivity, SensitivitySettings, mask_sensitivity, sampled_rows
-from carsam.compensate.passes import FloatRows, rows_of
+from carsam.compensate.passes import FloatRows, QuantizedPasses, rows_of
 from carsam.compensate.refit import RefitSettings, refit_layers
 from carsam.config import QuantizeConfig
 from carsam.errors import ConfigError
@@ -142,8 +142,8 @@ def test_the_refit_serves_the_rows_that_count():
         with rows.watching():
             for x in floating:
                 model.layer(x)
-        runs = [lambda x=x: model.layer(x) for x in quantized]
-        refit_layers(model, runs, rows, RefitSettings(), feedback=False, weights=weights)
+        passes = QuantizedPasses(model, ["layer"], [lambda x=x: model.layer(x) for x in quantized])
+        refit_layers(model, passes, rows.rows, RefitSettings(), feedback=False, weights=weights)
         with simulate(weights=True, activations=True):
             missing = [model.layer(x) - layer(y) for x, y in zip(quantized, floating)]
         return sum((each.square() * counts[..., None]).sum().item() for each in missing)

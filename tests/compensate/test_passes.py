@@ -112,3 +112,19 @@ def test_float_rows_are_in_the_order_of_execution_and_no_more_than_asked():
     assert rows.rows[LAYERS[0]][0].shape == (1, 15, 7)
     model.block(items[0])
     assert len(rows.rows[LAYERS[0]]) == 4
+
+
+@torch.no_grad()
+def test_the_finished_unit_runs_without_what_is_finished_in_it():
+    model, items = quantized("tuple")
+    runs = [lambda item=item: model.block(item) for item in items]
+    found = QuantizedPasses(model, LAYERS, runs[:4])
+    for name in LAYERS:
+        list(found.inputs([name]))
+    with simulate(weights=True, activations=True):
+        whole = [run() for run in runs]
+        model.block.attn.calls = 0
+        for index, run in enumerate(runs):
+            with found.left_out(index):
+                assert torch.equal(run(), whole[index])
+    assert model.block.attn.calls == 2  # on the items that no pass had seen

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from carsam.calibrate.observers import RangeRecorder
-from carsam.compensate.passes import FloatRows, rows_of
+from carsam.compensate.passes import FloatRows, QuantizedPasses, rows_of
 from carsam.compensate.refit import RefitSettings, grouped, matrix, refit_layers, set_matrix
 from carsam.errors import ConfigError
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
@@ -73,12 +73,12 @@ def case(request):
 
 @torch.no_grad()
 def passes(model, layers, items):
-    """What the refit is given: runs of the unit, and rows of its layers in the float model."""
+    """What the refit is given: passes over the unit, and rows of its layers in the float model."""
     rows = FloatRows(model, layers, len(items))
     with rows.watching(), simulate(weights=False, activations=False):
         for item in items:
             model(item)
-    return [lambda item=item: model(item) for item in items], rows
+    return QuantizedPasses(model, layers, [lambda item=item: model(item) for item in items]), rows.rows
 
 
 def error(reference, model, items):
@@ -134,8 +134,9 @@ def test_layers_that_do_not_read_each_other_share_a_pass():
     other = copy.deepcopy(model)
 
     def counted(each):
-        runs, rows = passes(each, names, items)
-        return [lambda run=run: (calls.append(1), run()) for run in runs], rows
+        found, rows = passes(each, names, items)
+        runs = [lambda run=run: (calls.append(1), run()) for run in found.runs]
+        return QuantizedPasses(each, names, runs), rows
 
     refit_layers(model, *counted(model), RefitSettings(), feedback=True)
     apart, calls[:] = len(calls), []
