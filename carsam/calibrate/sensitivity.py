@@ -181,9 +181,8 @@ class _Passes:
         """What the encoder gives on an image, where somebody computed it before."""
         if index < len(encoded):
             return [encoded[index]]
-        if index < len(data.embeddings) and (embedding := data.embeddings[index]) is not None:
-            return [{ENCODED: embedding.to(self.device).float()}]
-        return None
+        embedding = data.embedding(index)
+        return None if embedding is None else [{ENCODED: embedding.to(self.device)}]
 
     @torch.no_grad()
     def forwards(self, image: CalibrationImage) -> list[Tensors]:

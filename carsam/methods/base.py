@@ -132,6 +132,11 @@ class Method:
         return None
 
     @property
+    def encoder_images(self) -> int | None:
+        """Calibration images that the image encoder's units are made with; None takes all. The decoder's see all."""
+        return None
+
+    @property
     def tuning_settings(self) -> TuningSettings | None:
         """Settings of the tuning of the finished model as a whole; None leaves it out."""
         return None

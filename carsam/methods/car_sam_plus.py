@@ -113,6 +113,8 @@ class CarSamPlus(CarSam):
         learn: Learn rounding and steps; False rounds with feedback instead, and so does
             ``reconstruction.learn_rounding: false``, which learns the steps of activations afterwards.
         reconstruction: Settings of the optimiser loop.
+        encoder_images: Calibration images that the image encoder's units are made with, where they need not be all of
+            them: an image gives thousands of rows there, and few in the decoder. None takes all.
         depthwise: Steps of the inputs of depthwise convolutions: ``channel`` gives each channel its own, which costs
             the integer arithmetic nothing there; ``tensor`` one to all.
         softmax: Another grid than ``uniform`` is taken for every attention; else ``equivalences.softmax`` are there to
@@ -131,10 +133,13 @@ class CarSamPlus(CarSam):
     masks: SensitivitySettings = field(default_factory=_masks)
     tuning: TuningSettings = field(default_factory=TuningSettings)
     learn: bool = True
+    encoder_images: int | None = None
     depthwise: str = PER_CHANNEL
 
     def __post_init__(self):
         super().__post_init__()
+        if self.encoder_images is not None and self.encoder_images < 1:
+            raise ConfigError("encoder_images must be at least 1, or null for all calibration images.")
         if self.depthwise not in (PER_CHANNEL, PER_TENSOR):
             raise ConfigError(f"unknown depthwise {self.depthwise!r}; choose from {PER_CHANNEL}, {PER_TENSOR}.")
 
@@ -332,6 +337,8 @@ class CarSamPlus(CarSam):
         if self.refit.enabled:
             settings["refit"] = asdict(self.refit)
             settings["masks"] = asdict(self.masks)
+        if not sites.in_decoder(unit.stage):
+            settings["encoder_images"] = self.encoder_images
         return settings
 
     def _unlearned(self, unit: Unit, sites: Sites) -> dict[str, Any]:
@@ -353,7 +360,7 @@ def _stream_width(model: nn.Module, sites: Sites) -> int:
 
 # What --preset sets; the method's own settings are those of "balanced".
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"learn": False, "masks": {"share": 0.9}},
+    "fast": {"learn": False, "masks": {"share": 0.9}, "encoder_images": 16},
     "balanced": {},
     "best": {"tuning": {"steps": 300}},
 }

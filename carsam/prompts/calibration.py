@@ -53,6 +53,11 @@ class CalibrationSet:
         """A set of these images, with their fingerprint."""
         return cls(tuple(images), skipped, _fingerprint(images))
 
+    def embedding(self, index: int) -> Tensor | None:
+        """An image's embedding in single precision, on the CPU; None where it is not known."""
+        found = self.embeddings[index] if index < len(self.embeddings) else None
+        return None if found is None else found.float()
+
     def with_embeddings(self, known: Sequence[tuple[Tensor, Tensor]]) -> CalibrationSet:
         """The set with embeddings of those images whose very pixels are among ``known``, with their embeddings."""
         by_pixels = {id(pixels): embedding for pixels, embedding in known}

@@ -12,7 +12,7 @@ from carsam.models.forward import encode_image, predict_logits
 
 POINTS_PER_SIDE = 8
 # With 16 points and three masks each, the decoder of a SAM with a 1024 px input needs about 1 GB.
-POINTS_PER_BATCH = 16
+POINTS_PER_BATCH = 4
 # Only floors: the ranking by both chooses, and a small model's best masks serve better than a blind grid.
 MIN_PREDICTED_IOU = 0.2
 MIN_STABILITY = 0.4

@@ -24,6 +24,9 @@ PROMPTS, WINDOWS = 2, 4
 # Side of what is cut from a map of tokens (batch, height, width, channels): a global attention of ViT-B over all of its
 # 4,096 tokens takes seconds a trial. The float output that a trial is compared with is of the same piece.
 LARGEST_SIDE = 32
+# Attentions are learned on calls of no more scores than this, cut to tiles of this side where one window has more: a
+# step costs what the call does. Four windows of 14 × 14 tokens by 12 heads have 1.8 million.
+LEARNED_SCORES, TILE = 2**20, 16
 # Tensors with more values than this are kept in half precision, as the activation cache keeps all of its.
 LARGE = 2**18
 
@@ -106,6 +109,31 @@ def _cut(value: Any, *, windows: int, maps: bool) -> Any:
             side = min(value.shape[dimension], LARGEST_SIDE)
             value = value.narrow(dimension, (value.shape[dimension] - side) // 2, side)
     return value.half() if value.numel() > LARGE and value.is_floating_point() else value.clone()
+
+
+def small_calls(arguments: Call, heads: int) -> list[Call]:
+    """A call over windows, or over a map of tokens, as several of few scores; as it is where it is none or has few.
+
+    Args:
+        arguments: What the attention is called with, one tensor: (windows, height, width, channels).
+        heads: Heads of the attention.
+    """
+    args, kwargs = arguments
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    if len(tensors) != 1 or tensors[0].dim() != 4:
+        return [arguments]
+    windows, height, width, _ = tensors[0].shape
+    if windows * heads * (height * width) ** 2 <= LEARNED_SCORES:
+        return [arguments]
+    pieces = tensors[0].split(1)
+    if heads * (height * width) ** 2 > LEARNED_SCORES:
+        pieces = [tile for each in pieces for band in each.split(TILE, dim=1) for tile in band.split(TILE, dim=2)]
+
+    def of(piece: Tensor) -> Call:
+        replaced = [piece if each is tensors[0] else each for each in args]
+        return tuple(replaced), {name: piece if each is tensors[0] else each for name, each in kwargs.items()}
+
+    return [of(piece) for piece in pieces]
 
 
 def captured_calls(

@@ -31,7 +31,7 @@ from carsam.models.sites import OPERANDS, AttentionSite, Sites, replace_module
 from carsam.quantizers import ActivationQuantizer, SoftmaxQuantizer, simulate
 from carsam.quantizers.ranges import Range
 from carsam.transform import attention_equivalences as equivalences
-from carsam.transform.calls import Calls, call, island, weighed
+from carsam.transform.calls import Call, Calls, call, island, small_calls, weighed
 from carsam.transform.choice import LEAST_GAIN
 from carsam.transform.maps import query_key_map, value_output_map
 from carsam.transform.operands import Refused, heads_of, operand
@@ -119,6 +119,13 @@ class _Replay(nn.Module):
         return self.outputs[self.at]
 
 
+def _small(calls: Sequence[Call], weights: Sequence[Tensor | None], heads: int) -> Iterator[tuple[Call, Tensor | None]]:
+    """Calls of few scores, with the weights of their rows."""
+    for each, own in zip(calls, weights):
+        for piece in small_calls(each, heads) if own is None else [each]:
+            yield piece, own
+
+
 class Learner:
     """One attention alone with quantized operands, and its output projection's input quantized too.
 
@@ -146,17 +153,19 @@ class Learner:
         observer: str,
         ranges: Mapping[str, Any],
     ):
-        source = model.get_submodule(site.name)
-        self._calls, self._observer = [*calls.fit, *calls.judge], observer
-        self._weights = [*calls.fit_weights, *calls.judge_weights]
-        self._fit, self._judge = range(len(calls.fit)), range(len(calls.fit), len(self._calls))
+        source, heads = model.get_submodule(site.name), heads_of(model, site)
+        fit = list(_small(calls.fit, calls.fit_weights, heads))
+        judge = list(_small(calls.judge, calls.judge_weights, heads))
+        self._calls, self._observer = [each for each, _ in (*fit, *judge)], observer
+        self._weights = [weights for _, weights in (*fit, *judge)]
+        self._fit, self._judge = range(len(fit)), range(len(fit), len(self._calls))
         projections = {getattr(site, which).layer: _Replay() for which in OPERANDS[:3]}
         hooks = [(path, lambda _in, out, into=replay.outputs: into.append(out)) for path, replay in projections.items()]
         self.statistics, looking = operand_statistics(model, [site], pairs=True)
         with torch.no_grad(), hooked(model, hooks):
             with hooked(model, looking):
-                self._targets = [call(source, each) for each in calls.fit]
-            self._targets += [call(source, each) for each in calls.judge]
+                self._targets = [call(source, each) for each, _ in fit]
+            self._targets += [call(source, each) for each, _ in judge]
         self._replays = list(projections.values())
         copied = island(site.name, copy.deepcopy(source))
         self._names = [site.operand(which) for which in OPERANDS[:3]]
