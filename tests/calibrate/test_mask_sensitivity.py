@@ -15,7 +15,8 @@ from carsam.compensate.refit import RefitSettings, refit_layers
 from carsam.config import QuantizeConfig
 from carsam.errors import ConfigError
 from carsam.methods.base import create
-from carsam.models.family import family_of, find_sites
+from carsam.models.family import ENCODED, family_of, find_sites
+from carsam.models.forward import encode_image, remembered
 from carsam.pipeline import quantize
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
@@ -123,6 +124,28 @@ def test_shares_are_checked_and_mix_with_plain_errors():
             SensitivitySettings(**wrong)
     with pytest.raises(ConfigError, match=r"set masks\.share"):
         SensitivitySettings(share=0.0, encoder=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_embeddings_that_are_known_are_not_computed_again(name, monkeypatch):
+    model, sites, data = subject(name)
+    asked = {"share": 1.0}
+    wanted = mask_sensitivity(model, sites, data, SensitivitySettings(**asked))
+    with remembered(model) as known:
+        for image in data.images[1:]:
+            encode_image(model, image.pixel_values)
+    held = data.with_embeddings(known)
+    assert [each is None for each in held.embeddings] == [True, False, False] and data.embeddings == ()
+    assert held.fingerprint == data.fingerprint
+    with torch.no_grad():
+        first = [{ENCODED: encode_image(model, data.images[0].pixel_values)}]
+    monkeypatch.setattr(sensitivity._Passes, "forwards", None)
+    found = mask_sensitivity(model, sites, held, SensitivitySettings(**asked), encoded=first)
+    assert found.rows.keys() == wanted.rows.keys()
+    for layer, rows in wanted.rows.items():
+        for given, expected in zip(found.rows[layer], rows):
+            # Half precision: of the embeddings kept, and of the weights.
+            torch.testing.assert_close(given.float(), expected.float(), rtol=0.1, atol=0.02)
 
 
 def test_the_refit_serves_the_rows_that_count():

@@ -14,7 +14,7 @@ from carsam.prompts.image import PromptedImage
 from carsam.quantizers import ActivationQuantizer, softmax_grids
 from carsam.quantizers.ranges import Range, observed_grid
 from carsam.transform import learned_maps
-from carsam.transform.calls import captured_calls
+from carsam.transform.calls import captured_calls, small_calls
 from carsam.transform.learned_maps import learn_maps
 
 W4A4 = BitPlan(Bits(4, 4))
@@ -100,3 +100,21 @@ def test_a_range_stands_where_an_observer_may():
     quantizer.set_grid(*observed_grid(Range(-3.5, 4.0), *[torch.tensor([9.0])] * 3, 4))
     low, high = quantizer.limits()
     assert (low * float(quantizer.scale), high * float(quantizer.scale)) == (-3.5, 4.0)
+
+
+def test_calls_of_many_scores_are_made_one_window_or_tile_at_a_time():
+    windows = torch.randn(4, 14, 14, 8)
+    by_name = small_calls(((), {"hidden_states": windows, "output_attentions": None}), 12)
+    assert all(args == () and kwargs["output_attentions"] is None for args, kwargs in by_name)
+    assert torch.equal(torch.cat([kwargs["hidden_states"] for _, kwargs in by_name]), windows)
+    assert [args[0].shape for args, _ in small_calls(((windows,), {}), 12)] == [(1, 14, 14, 8)] * 4
+    assert len(small_calls(((windows,), {}), 1)) == 1  # few scores: as they were
+    image = torch.randn(1, 32, 24, 8)
+    tiles = [args[0] for args, _ in small_calls(((image,), {}), 12)]
+    assert [tile.shape for tile in tiles] == [(1, 16, 16, 8), (1, 16, 8, 8)] * 2
+    assert torch.equal(torch.cat([torch.cat(tiles[:2], 2), torch.cat(tiles[2:], 2)], 1), image)
+    # Of an attention between prompts and image nothing is cut.
+    between = ((torch.randn(2, 4096, 8), torch.randn(2, 7, 8)), {})
+    assert small_calls(between, 12) == [between]
+    prompts = ((torch.randn(99, 70, 70, 8),), {"key": torch.randn(2, 7, 8)})
+    assert small_calls(prompts, 12) == [prompts]
