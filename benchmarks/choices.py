@@ -18,11 +18,11 @@ from typing import Any
 
 import options
 import torch
-import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
 import carsam
+from carsam.commands.recipe import parse_assignments
 from carsam.config import QuantizeConfig
 from carsam.evaluate.intervals import difference_interval
 from carsam.models.forward import encode_image, predict_logits
@@ -43,15 +43,7 @@ def row_of(text: str) -> tuple[str, str, dict[str, Any]]:
     """Label, method and settings of ``LABEL=METHOD name=value …``; a dot in a name leads into a nested setting."""
     label, _, rest = text.partition("=")
     method, *changes = rest.split()
-    settings: dict[str, Any] = {}
-    for change in changes:
-        name, _, value = change.partition("=")
-        *path, last = name.split(".")
-        place = settings
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = yaml.safe_load(value)
-    return label, method, settings
+    return label, method, parse_assignments(changes)
 
 
 @torch.no_grad()

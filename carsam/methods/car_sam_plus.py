@@ -20,6 +20,7 @@ from carsam.errors import ConfigError
 from carsam.methods.car_sam import CarSam
 from carsam.models.sites import DEPTHWISE, ResidualStream, Sites
 from carsam.prompts.calibration import CalibrationSet
+from carsam.prompts.mirrored import with_mirrored
 from carsam.quantizers import ChannelQuantizer, SiteQuantizer, SoftmaxQuantizer, UniformSoftmax, softmax_grids
 from carsam.quantizers.ranges import OBSERVERS, Range
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
@@ -113,8 +114,8 @@ class CarSamPlus(CarSam):
         learn: Learn rounding and steps; False rounds with feedback instead, and so does
             ``reconstruction.learn_rounding: false``, which learns the steps of activations afterwards.
         reconstruction: Settings of the optimiser loop.
-        encoder_images: Calibration images that the image encoder's units are made with, where they need not be all of
-            them: an image gives thousands of rows there, and few in the decoder. None takes all.
+        mirror: Take each calibration image once more, mirrored. The refit and the ranges gain by more images, the
+            choices before them are made with the images alone.
         depthwise: Steps of the inputs of depthwise convolutions: ``channel`` gives each channel its own, which costs
             the integer arithmetic nothing there; ``tensor`` one to all.
         softmax: Another grid than ``uniform`` is taken for every attention; else ``equivalences.softmax`` are there to
@@ -133,13 +134,11 @@ class CarSamPlus(CarSam):
     masks: SensitivitySettings = field(default_factory=_masks)
     tuning: TuningSettings = field(default_factory=TuningSettings)
     learn: bool = True
-    encoder_images: int | None = None
+    mirror: bool = False
     depthwise: str = PER_CHANNEL
 
     def __post_init__(self):
         super().__post_init__()
-        if self.encoder_images is not None and self.encoder_images < 1:
-            raise ConfigError("encoder_images must be at least 1, or null for all calibration images.")
         if self.depthwise not in (PER_CHANNEL, PER_TENSOR):
             raise ConfigError(f"unknown depthwise {self.depthwise!r}; choose from {PER_CHANNEL}, {PER_TENSOR}.")
 
@@ -167,6 +166,10 @@ class CarSamPlus(CarSam):
 
     def _per_channel(self, role: str) -> bool:
         return role == DEPTHWISE and self.depthwise == PER_CHANNEL
+
+    def calibration(self, data: CalibrationSet) -> CalibrationSet:
+        """With the mirror images, where they are asked for."""
+        return with_mirrored(data) if self.mirror else data
 
     def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
         """The rotation of the encoder's stream: it needs neither ranges nor bits."""
@@ -337,8 +340,6 @@ class CarSamPlus(CarSam):
         if self.refit.enabled:
             settings["refit"] = asdict(self.refit)
             settings["masks"] = asdict(self.masks)
-        if not sites.in_decoder(unit.stage):
-            settings["encoder_images"] = self.encoder_images
         return settings
 
     def _unlearned(self, unit: Unit, sites: Sites) -> dict[str, Any]:
@@ -360,7 +361,7 @@ def _stream_width(model: nn.Module, sites: Sites) -> int:
 
 # What --preset sets; the method's own settings are those of "balanced".
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"learn": False, "masks": {"share": 0.9}, "encoder_images": 16},
+    "fast": {"learn": False, "masks": {"share": 0.9}},
     "balanced": {},
-    "best": {"tuning": {"steps": 300}},
+    "best": {"mirror": True},
 }

@@ -91,9 +91,6 @@ class Walk:
         check_cover(self.units, sites)
         self.parts = sites.family.parts(sites, method.granularity)
         self.report = WalkReport()
-        # Images that units are made with; the encoder's may see some of them alone.
-        some = method.encoder_images if self.parts[0].stages else None
-        self.items = len(data.images) if some is None else min(some, len(data.images))
         # Embeddings by both models, once the walk has reached the decoder.
         self.encoded: tuple[ActivationCache, ActivationCache] | None = None
         self._decoding: bool | None = None
@@ -130,7 +127,6 @@ class Walk:
             first = self._cached(lambda i: self._first(part, self.data.images[i]))
             return _Stream(self.model, first), _Stream(self.reference, first)
 
-        self._complete(*before)
         if part.name == DECODER:
             self.encoded = before[0].inputs, before[1].inputs
 
@@ -146,18 +142,6 @@ class Walk:
                 )
 
         return entered(before[0]), entered(before[1])
-
-    def _complete(self, quantized: _Stream, floating: _Stream) -> None:
-        """Takes images that the encoder's units were made without through the finished encoder."""
-        encoder, missing = self.parts[0], range(self.items, len(self.data.images))
-        self.items = len(self.data.images)
-        names = floating.inputs.names
-        for index in missing:
-            image = self.data.images[index]
-            with simulate(weights=True, activations=True):
-                quantized.inputs.append(through(encoder, self.model, image))
-            known = self.data.embedding(index) if names == (ENCODED,) else None
-            floating.inputs.append({ENCODED: known} if known is not None else through(encoder, self.reference, image))
 
     def _first(self, part: Part, image: CalibrationImage) -> Tensors:
         """Inputs of the first stage; of a part that stays in floating point as a whole, what it gives."""
@@ -238,7 +222,7 @@ class Walk:
         return UnitData(inputs, float_inputs, targets, variances(targets), rows=rows)
 
     def _cached(self, make: Callable[[int], Tensors]) -> ActivationCache:
-        return cached(self.context.space, (make(index) for index in range(self.items)))
+        return cached(self.context.space, (make(index) for index in range(len(self.data.images))))
 
     def _unit(self, unit: Unit, data: UnitData, keep: Callable[[tuple[Tensor, ...]], None] | None = None) -> None:
         """Takes one unit to its integers, or finds them in the store; ``keep`` is given its outputs afterwards."""
@@ -408,15 +392,6 @@ class _Stream:
 
     model: nn.Module
     inputs: ActivationCache
-
-
-@torch.no_grad()
-def through(part: Part, model: nn.Module, image: CalibrationImage) -> Tensors:
-    """What a part that begins with the image gives of it."""
-    values = part.enter(model, {}, image)
-    for stage in part.stages:
-        values = stage.step(model, values)
-    return values
 
 
 def quantized_layers(modules: list[nn.Module]) -> list[QuantizedLayer]:

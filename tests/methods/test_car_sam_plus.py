@@ -19,8 +19,6 @@ from carsam.models.family import family_of, find_sites
 from carsam.pipeline import quantize
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
-from carsam.quantizers import simulate
-from carsam.run.walk import Walk, through
 from carsam.transform.choice import FOLDINGS
 from carsam.transform.operands import Refused
 
@@ -130,44 +128,6 @@ def test_choices_and_tuning_tell_how_far_they_are():
     assert Progress.planned[-1] == "whole model" and len(Progress.planned) == Progress.units[0][1]
     count = len(Progress.planned)
     assert Progress.units[-1] == (count - 1, count, "whole model", 2, 2)
-
-
-@pytest.mark.parametrize("name", ["sam", "sam2", "tinyvit"])
-def test_the_encoder_is_made_with_fewer_images_and_the_decoder_with_all(name, monkeypatch):
-    model, data = subject(name)
-    items, completed = {}, []
-
-    class Watched(Walk):
-        def _settle(self, unit, data, keep):
-            items[unit.name] = len(data.quantized), len(data.floating), len(data.targets)
-            super()._settle(unit, data, keep)
-
-        def _complete(self, quantized, floating):
-            super()._complete(quantized, floating)
-            for stream, simulated in ((quantized, True), (floating, False)):
-                for index, image in enumerate(self.data.images):
-                    with simulate(weights=simulated, activations=simulated):
-                        wanted = through(self.parts[0], stream.model, image)
-                    for part, value in stream.inputs.get(index, self.device).items():
-                        # Kept in half precision between stages, where they went from one to the next.
-                        error = (value - wanted[part]).norm() / wanted[part].norm()
-                        completed.append((simulated, index, error.item()))
-
-    monkeypatch.setattr("carsam.run.quantization.Walk", Watched)
-    bare = {"foldings": [], "smoothing": [], "shift": False, "images": 2, "map_steps": 0, "observers": []}
-    settings = {**QUICK, "learn": False, "encoder_images": 2, "equivalences": {**bare, "softmax": ["row-max"]}}
-    # At 8 bits: at 4, noise that half precision makes differ in its last bits is half another noise ten layers on.
-    carsam.quantize(model, data, QuantizeConfig("car-sam-plus", settings, "w8a8"))
-    sites = find_sites(model)
-    assert {sites.in_decoder(stage) for stage in items} == {True, False}
-    for stage, counts in items.items():
-        assert counts == ((6,) * 3 if sites.in_decoder(stage) else (2,) * 3), stage
-    # What no unit saw goes through the finished encoder at once: as it would have stage by stage.
-    assert len(completed) >= 12
-    for simulated, index, error in completed:
-        assert error < (0.05 if simulated and index < 2 else 2e-3), (simulated, index, error)
-    with pytest.raises(ConfigError, match="encoder_images"):
-        create("car-sam-plus", {"encoder_images": 0})
 
 
 APART = "inputs of depthwise convolutions, if any, per channel"
