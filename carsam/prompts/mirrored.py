@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
 
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
+
+logger = logging.getLogger(__name__)
 
 # Where every so manieth image judges what the others teach, an image and its mirror image should be on one side.
 JUDGED = 4
@@ -41,11 +44,18 @@ def mirrored(image: PromptedImage) -> PromptedImage | None:
 def with_mirrored(data: CalibrationSet) -> CalibrationSet:
     """The set, and behind it its mirror images, each at a number that leaves the rest of 4 that its image's does.
 
-    Clips, and images of which it is not known how they lie in the input, have none.
+    Clips, and images of which it is not known how they lie in the input, have none; a warning says so.
     """
     images = data.images
     turn = len(images) % JUDGED
     ordered = [*images[turn:], *images[:turn]]
-    copies = [mirrored(image) for image in ordered if type(image) is PromptedImage]
-    both = CalibrationSet.of([*images, *(each for each in copies if each is not None)], data.skipped)
+    found = (mirrored(image) for image in ordered if type(image) is PromptedImage)
+    copies = [each for each in found if each is not None]
+    if len(copies) < len(images):
+        logger.warning(
+            "%d of %d calibration images are not mirrored: clips, or images without geometry.",
+            len(images) - len(copies),
+            len(images),
+        )
+    both = CalibrationSet.of([*images, *copies], data.skipped)
     return replace(both, embeddings=data.embeddings)

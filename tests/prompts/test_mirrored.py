@@ -52,6 +52,7 @@ def test_embeddings_stay_with_their_images():
     assert [with_mirrored(known).embedding(index) for index in (2, 3)] == [None, None]
 
 
-def test_an_image_without_geometry_is_not_mirrored():
+def test_an_image_without_geometry_is_not_mirrored_and_a_warning_says_so(caplog):
     bare = PromptedImage("bare", torch.zeros(1, 3, 8, 8), torch.tensor([[1.0, 1.0, 4.0, 4.0]]))
-    assert len(with_mirrored(CalibrationSet.of([bare])).images) == 1
+    assert len(with_mirrored(CalibrationSet.of([bare, image(0)])).images) == 3
+    assert "1 of 2 calibration images are not mirrored" in caplog.text
