@@ -39,7 +39,7 @@ class RefitSettings:
     damping: float | None = None
     weights: bool = True
     feedback: bool = True
-    items: int = 64
+    items: int = 32
 
     def __post_init__(self):
         if self.damping is not None and self.damping <= 0:

@@ -7,7 +7,6 @@ hook               decides                                                defaul
 =================  =====================================================  ==========================
 quantizer_for      the quantizer of an activation site                    uniform, per tensor
 softmax_for        the quantizer of a softmax output                      ``softmax`` setting
-calibration        the calibration images as the method uses them         as they are
 transform          changes to the float model before anything else        none
 choose             changes that depend on bits, grids of softmax outputs  none
 units              what is reconstructed, in execution order              none (nearest rounding)
@@ -104,10 +103,6 @@ class Method:
         if grid == UniformSoftmax.grid:
             return UniformSoftmax(bits, range_by=self.softmax_range)
         return softmax_grids()[grid](bits)
-
-    def calibration(self, data: CalibrationSet) -> CalibrationSet:
-        """The calibration images as the method uses them; what users and recipes are told of are those that it got."""
-        return data
 
     def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
         """Changes the float model in place before it is quantized; returns reports, plain mappings."""

@@ -20,7 +20,6 @@ from carsam.errors import ConfigError
 from carsam.methods.car_sam import CarSam
 from carsam.models.sites import DEPTHWISE, ResidualStream, Sites
 from carsam.prompts.calibration import CalibrationSet
-from carsam.prompts.mirrored import with_mirrored
 from carsam.quantizers import ChannelQuantizer, SiteQuantizer, SoftmaxQuantizer, UniformSoftmax, softmax_grids
 from carsam.quantizers.ranges import OBSERVERS, Range
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
@@ -114,8 +113,6 @@ class CarSamPlus(CarSam):
         learn: Learn rounding and steps; False rounds with feedback instead, and so does
             ``reconstruction.learn_rounding: false``, which learns the steps of activations afterwards.
         reconstruction: Settings of the optimiser loop.
-        mirror: Take each calibration image once more, mirrored. The refit and the ranges gain by more images, the
-            choices before them are made with the images alone.
         depthwise: Steps of the inputs of depthwise convolutions: ``channel`` gives each channel its own, which costs
             the integer arithmetic nothing there; ``tensor`` one to all.
         softmax: Another grid than ``uniform`` is taken for every attention; else ``equivalences.softmax`` are there to
@@ -134,7 +131,6 @@ class CarSamPlus(CarSam):
     masks: SensitivitySettings = field(default_factory=_masks)
     tuning: TuningSettings = field(default_factory=TuningSettings)
     learn: bool = True
-    mirror: bool = False
     depthwise: str = PER_CHANNEL
 
     def __post_init__(self):
@@ -166,10 +162,6 @@ class CarSamPlus(CarSam):
 
     def _per_channel(self, role: str) -> bool:
         return role == DEPTHWISE and self.depthwise == PER_CHANNEL
-
-    def calibration(self, data: CalibrationSet) -> CalibrationSet:
-        """With the mirror images, where they are asked for."""
-        return with_mirrored(data) if self.mirror else data
 
     def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
         """The rotation of the encoder's stream: it needs neither ranges nor bits."""
@@ -363,5 +355,5 @@ def _stream_width(model: nn.Module, sites: Sites) -> int:
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"learn": False, "masks": {"share": 0.9}},
     "balanced": {},
-    "best": {"mirror": True},
+    "best": {"tuning": {"steps": 300}},
 }

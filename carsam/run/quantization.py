@@ -148,7 +148,7 @@ def to_integers(
         The quantized model, not packed yet, and what happened on the way.
     """
     method, plan, stages, hooks = run.method, run.plan, context.stages, context.hooks
-    data = sites.family.calibration_data(reference, method.calibration(data))
+    data = sites.family.calibration_data(reference, data)
     treated = run.treated(sites)
     with stages("choices" if method.chooses else "weight grids"), hooks.work("transform"):
         transforms = method.transform(reference, treated, data)

@@ -3,7 +3,6 @@
 import copy
 import functools
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import carsam
 from carsam.bits.plan import BitPlan, Bits
 from carsam.commands.recipe import quantize_config
 from carsam.config import QuantizeConfig
-from carsam.data.images.transforms import Geometry
 from carsam.errors import ConfigError
 from carsam.methods.base import create
 from carsam.methods.car_sam_plus import PRESETS
@@ -21,7 +19,6 @@ from carsam.models.family import family_of, find_sites
 from carsam.pipeline import quantize
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
-from carsam.run.walk import Walk
 from carsam.transform.choice import FOLDINGS
 from carsam.transform.operands import Refused
 
@@ -131,32 +128,6 @@ def test_choices_and_tuning_tell_how_far_they_are():
     assert Progress.planned[-1] == "whole model" and len(Progress.planned) == Progress.units[0][1]
     count = len(Progress.planned)
     assert Progress.units[-1] == (count - 1, count, "whole model", 2, 2)
-
-
-def test_units_see_mirror_images_and_choices_do_not(monkeypatch):
-    model, data = subject("sam")
-    side = family_of(model).image_size(model)
-    data = CalibrationSet.of([replace(each, geometry=Geometry((side, side), (side, side))) for each in data.images])
-    bare = {"foldings": [], "smoothing": [], "shift": False, "images": 3, "map_steps": 0, "observers": []}
-    settings = {**QUICK, "learn": False, "equivalences": {**bare, "softmax": ["row-max", "log2"]}}
-    seen, settle = [], Walk._settle
-
-    def watched(walk, unit, data, keep):
-        seen.append(len(data.quantized))
-        settle(walk, unit, data, keep)
-
-    monkeypatch.setattr(Walk, "_settle", watched)
-    plain, both = (
-        carsam.quantize(model, data, QuantizeConfig("car-sam-plus", {**settings, "mirror": mirror}))
-        for mirror in (False, True)
-    )
-    units = len(plain.report.units)
-    assert seen == [6] * units + [12] * units
-    assert plain.report.transforms == both.report.transforms
-    assert plain.recipe["calibration_fingerprint"] == both.recipe["calibration_fingerprint"] == data.fingerprint
-    assert not all(
-        torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), both.model.state_dict().values())
-    )
 
 
 APART = "inputs of depthwise convolutions, if any, per channel"
