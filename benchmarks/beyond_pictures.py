@@ -2,7 +2,7 @@
 
     carsam quantize embedded/sam-nano-256 --method rtn --data embedded/images/calibration/images \\
         --data-coco embedded/images/calibration/instances.json --out rtn
-    carsam quantize embedded/sam-nano-256 --set tuning.steps=300 --data embedded/images/calibration/images \\
+    carsam quantize embedded/sam-nano-256 --preset best --data embedded/images/calibration/images \\
         --data-coco embedded/images/calibration/instances.json --out plus
     python benchmarks/beyond_pictures.py embedded/sam-nano-256 --images embedded/images/evaluation/images \\
         --coco embedded/images/evaluation/instances.json --packed RTN=rtn --packed CAR-SAM+=plus --out docs

@@ -96,7 +96,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="fast|balanced|best",
-            help="Of car-sam-plus: nothing reconstructed, its default, or the images mirrored as well.",
+            help="Of car-sam-plus: nothing reconstructed, its default, or the finished model tuned as well.",
             show_default=False,
             autocompletion=complete_from("fast", "balanced", "best"),
             rich_help_panel=_METHOD,
@@ -120,7 +120,7 @@ def quantize(
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Optimiser steps of every unit.",
+            help="Optimiser steps of every unit, and of tuning the finished model where the preset does.",
             show_default="the method's",
             rich_help_panel=_METHOD,
             min=0,

@@ -207,6 +207,8 @@ def quantize_config(
     flags = shortcut_settings(
         values.get("method", default), steps=steps, no_mac=no_mac, no_jcar=no_jcar, granularity=granularity
     )
+    if steps is not None and chosen.get("tuning", {}).get("steps"):
+        flags["tuning"] = {"steps": steps}  # the finished model is the last thing that steps are taken for
     values["settings"] = _merge(_merge(_merge(values["settings"], chosen), flags), parse_assignments(settings))
     if budget is not None:
         values["budget"] = budget

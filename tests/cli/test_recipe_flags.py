@@ -91,7 +91,8 @@ def test_a_recipe_keeps_the_normalisation(tmp_path):
         quantize_config(recipe=recipe)
 
 
-def test_steps_are_those_of_a_unit_and_of_nothing_else():
-    for preset in (None, "fast", "balanced", "best"):
+def test_steps_are_those_of_a_unit_and_of_the_finished_model_where_a_preset_tunes_it():
+    assert quantize_config(steps=7, preset="best").settings["tuning"] == {"steps": 7}
+    assert quantize_config(steps=7, preset="best", settings=["tuning.steps=9"]).settings["tuning"] == {"steps": 9}
+    for preset in (None, "fast", "balanced"):
         assert "tuning" not in quantize_config(steps=7, preset=preset).settings
-    assert quantize_config(steps=7, settings=["tuning.steps=9"]).settings["tuning"] == {"steps": 9}
