@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from carsam.models.forward import encode_image, predict_logits
 
 POINTS_PER_SIDE = 8
-# With 16 points and three masks each, the decoder of a SAM with a 1024 px input needs about 1 GB.
+# Few at once: of a SAM with a 1024 px input, 16 points with three masks each need about 1 GB, and a third more time.
 POINTS_PER_BATCH = 4
 # Only floors: the ranking by both chooses, and a small model's best masks serve better than a blind grid.
 MIN_PREDICTED_IOU = 0.2
