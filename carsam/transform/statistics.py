@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from carsam.models.family import ENCODED, Tensors
+from carsam.models.family import ENCODED, Family, Tensors
 from carsam.models.forward import encode_image
 from carsam.models.sites import AttentionSite, Sites
 from carsam.prompts.calibration import CalibrationImage, CalibrationSet
@@ -86,7 +86,9 @@ def pass_over(model: nn.Module, sites: Sites, image: CalibrationImage) -> Tensor
     Returns:
         What the encoder gave; None where the pass is the family's own.
     """
-    if not sites.memory_stages:
+    # Asked of the family's code, not by trying: layers of the encoder that are watched must be reached once.
+    decodes = type(sites.family).decode is not Family.decode
+    if decodes and not sites.memory_stages:
         with torch.no_grad():
             encoded = {ENCODED: encode_image(model, image.pixel_values.to(model.device))}
             if sites.family.decode(model, encoded, image) is not None:

@@ -118,3 +118,14 @@ def test_calls_of_many_scores_are_made_one_window_or_tile_at_a_time():
     assert small_calls(between, 12) == [between]
     prompts = ((torch.randn(99, 70, 70, 8),), {"key": torch.randn(2, 7, 8)})
     assert small_calls(prompts, 12) == [prompts]
+
+
+def test_every_attention_is_called_once_an_image_also_where_a_family_does_not_decode(monkeypatch):
+    model, sites, data = subject("sam")
+    with_decode, encoded = captured_calls(model, sites, data, 6)
+    assert len(encoded) == 6
+    monkeypatch.delattr(type(sites.family), "decode")
+    without, encoded = captured_calls(model, sites, data, 6)
+    assert encoded == []
+    for calls in (with_decode, without):
+        assert all((each.fit_images, each.judge_images) == ([0, 1, 3, 4], [2, 5]) for each in calls.values())
