@@ -12,10 +12,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carsam.calibrate.capture import capture_call
+from carsam.calibrate.sensitivity import RowWeights, sampled_rows
 from carsam.quantizers import QuantizedLayer, simulate
 from carsam.quantizers.layers import convolution
 from carsam.quantizers.sampling import odd_step_within, sampled_patches
@@ -39,6 +41,44 @@ def fitted_rows(layer: nn.Module, x: Tensor) -> Tensor:
     """:func:`rows_of`, the same ones for inputs of one shape; with a column of ones where there is a bias."""
     found = rows_of(layer, x.detach(), ROWS)
     return F.pad(found, (0, 1), value=1.0) if layer.bias is not None else found.clone()
+
+
+def matrix(layer: QuantizedLayer) -> Tensor:
+    """The weight as (groups, d, out / groups), with the bias as the last row where there is one."""
+    groups = 1 if layer.conv is None else layer.conv["groups"]
+    weight = layer.weight.detach().flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
+    if layer.bias is None:
+        return weight.clone()
+    return torch.cat([weight, layer.bias.detach().view(groups, 1, -1)], dim=1)
+
+
+@torch.no_grad()
+def set_matrix(layer: QuantizedLayer, values: Tensor) -> None:
+    """Puts back what :func:`matrix` gives, with other numbers."""
+    if layer.bias is not None:
+        layer.bias.copy_(values[:, -1].flatten())
+        values = values[:, :-1]
+    layer.weight.copy_(values.transpose(1, 2).flatten(0, 1).view(layer.weight.shape))
+    layer.forget_rounding()
+
+
+def weights_of_rows(weights: RowWeights, name: str, index: int) -> Tensor | None:
+    """Weights of the rows that :func:`fitted_rows` gives of a layer's input on an item, (1, rows, 1); None for all
+    alike."""
+    own = weights(name, index)
+    return None if own is None else sampled_rows(own, ROWS)[None, :, None]
+
+
+def grouped(names: Sequence[str], together: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Layers in order; neighbours that stand in one of the groups of ``together`` become one."""
+    of = {name: number for number, group in enumerate(together) for name in group}
+    groups: list[list[str]] = []
+    for name in names:
+        if groups and name in of and of.get(groups[-1][-1]) == of[name]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
 
 
 class FloatRows:

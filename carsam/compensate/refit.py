@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from carsam.calibrate.sensitivity import RowWeights, sampled_rows, unweighed
-from carsam.compensate.passes import ROWS, QuantizedPasses, fitted_rows
+from carsam.calibrate.sensitivity import RowWeights, unweighed
+from carsam.compensate.passes import QuantizedPasses, fitted_rows, grouped, matrix, set_matrix, weights_of_rows
 from carsam.compensate.ridge import LayerMoments, Objective, centred, correct_bias, refit, round_with_feedback
+from carsam.compensate.spread import Spread, restore
 from carsam.errors import ConfigError
 from carsam.quantizers import QuantizedLayer, simulate
 
@@ -32,6 +33,8 @@ class RefitSettings:
             with the correction of the bias alone and no change at all among the choices.
         weights: Fit weights and biases; False corrects the biases alone.
         feedback: Round with feedback (GPTQ) where no rounding is learned afterwards.
+        spread: Share of the spread which outputs lose by the fit and by learning that is given back to them
+            (:mod:`carsam.compensate.spread`).
         items: Calibration images that it uses, at most.
     """
 
@@ -39,11 +42,14 @@ class RefitSettings:
     damping: float | None = None
     weights: bool = True
     feedback: bool = True
+    spread: float = 1.0
     items: int = 32
 
     def __post_init__(self):
         if self.damping is not None and self.damping <= 0:
             raise ConfigError("the damping of the refit must be positive: its equations are singular without it.")
+        if not 0 <= self.spread <= 2:
+            raise ConfigError(f"the share of the spread that is given back must lie in 0 to 2, not {self.spread}.")
         if self.items < 1:
             raise ConfigError("the refit needs at least one image.")
 
@@ -60,6 +66,7 @@ class RefitReport:
         change: ‖W* − W‖ / ‖W‖.
         error: ‖X W − X̂ W*‖² / ‖X W‖² before and after, weights not rounded.
         rounded: The same with weights rounded: to nearest before, as they are in the end after.
+        gain: Mean factor that gave its outputs their spread back.
     """
 
     # Ranges of the unit were in force while it was fitted to them; they are not observed again.
@@ -71,25 +78,7 @@ class RefitReport:
     change: float
     error: tuple[float, float]
     rounded: tuple[float, float]
-
-
-def matrix(layer: QuantizedLayer) -> Tensor:
-    """The weight as (groups, d, out / groups), with the bias as the last row where there is one."""
-    groups = 1 if layer.conv is None else layer.conv["groups"]
-    weight = layer.weight.detach().flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
-    if layer.bias is None:
-        return weight.clone()
-    return torch.cat([weight, layer.bias.detach().view(groups, 1, -1)], dim=1)
-
-
-@torch.no_grad()
-def set_matrix(layer: QuantizedLayer, values: Tensor) -> None:
-    """Puts back what :func:`matrix` gives, with other numbers."""
-    if layer.bias is not None:
-        layer.bias.copy_(values[:, -1].flatten())
-        values = values[:, :-1]
-    layer.weight.copy_(values.transpose(1, 2).flatten(0, 1).view(layer.weight.shape))
-    layer.forget_rounding()
+    gain: float = 1.0
 
 
 @torch.no_grad()
@@ -103,7 +92,7 @@ def refit_layers(
     together: Sequence[Sequence[str]] = (),
     weight_observer: str = "mse",
     weights: RowWeights = unweighed,
-) -> list[RefitReport]:
+) -> tuple[list[RefitReport], dict[str, Spread]]:
     """Fits layers again, one after the other, each to inputs that the ones before it give as they are now.
 
     Args:
@@ -118,34 +107,53 @@ def refit_layers(
         weights: Of the squared errors of a layer's rows on an item; for all alike unless they are given.
 
     Returns:
-        One report a layer.
+        One report a layer, and how its outputs spread in the float model.
     """
     layers: dict[str, QuantizedLayer] = {name: model.get_submodule(name) for name in passes.layers}
-    reports = []
+    reports, spreads = [], {}
     for group in grouped(passes.layers, together):
         exact = {name: floating.pop(name) for name in group}
         gathered = _gather({name: layers[name] for name in group}, passes, exact, weights)
         for name in group:
-            reports.append(_refit_layer(name, layers[name], gathered[name], settings, feedback, weight_observer))
-    return reports
+            layer, found = layers[name], gathered[name]
+            wanted = Spread.of(matrix(layer), found.alike.energy, ones=layer.bias is not None)
+            reports.append(_refit_layer(name, layer, found, wanted, settings, feedback, weight_observer))
+            spreads[name] = wanted
+    return reports, spreads
 
 
-def grouped(names: Sequence[str], together: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Layers in order; neighbours that stand in one of the groups of ``together`` become one."""
-    of = {name: number for number, group in enumerate(together) for name in group}
-    groups: list[list[str]] = []
-    for name in names:
-        if groups and name in of and of.get(groups[-1][-1]) == of[name]:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-    return groups
+class _Moments:
+    """Of one layer's inputs, over items that it is fitted to and those that judge, rows weighed; all alike in
+    ``alike``."""
+
+    def __init__(self):
+        self.fit, self.judge = LayerMoments(), LayerMoments()
+        self._alike: LayerMoments | None = None
+
+    def update(self, index: int, rounded: Tensor, exact: Tensor, weights: Tensor | None) -> None:
+        """Adds an item's rows (groups, rows, d); their weights are (1, rows, 1), None for all alike."""
+        if weights is not None:
+            self._alike = LayerMoments() if self._alike is None else self._alike
+            self._alike.update(rounded, exact)
+            root = weights.to(exact).sqrt()
+            rounded, exact = rounded * root, exact * root
+        (self.judge if index % HELD_OUT == HELD_OUT - 1 else self.fit).update(rounded, exact)
+
+    @property
+    def all(self) -> LayerMoments:
+        """Over all items, rows weighed."""
+        return self.fit + self.judge
+
+    @property
+    def alike(self) -> LayerMoments:
+        """Over all items, rows alike."""
+        return self.all if self._alike is None else self._alike
 
 
 def _gather(
     layers: dict[str, QuantizedLayer], passes: QuantizedPasses, floating: dict[str, list[Tensor]], weights: RowWeights
-) -> dict[str, tuple[LayerMoments, LayerMoments]]:
-    """Moments of layers' inputs on the items that they are fitted to, and on those that judge.
+) -> dict[str, _Moments]:
+    """Moments of layers' inputs.
 
     Args:
         layers: In the order of execution; none reads what another gives.
@@ -153,29 +161,26 @@ def _gather(
         floating: Rows of their inputs in the float model, item by item.
         weights: Of the squared errors of a layer's rows on an item.
     """
-    moments = {name: (LayerMoments(), LayerMoments()) for name in layers}
+    moments = {name: _Moments() for name in layers}
     for index, seen in enumerate(passes.inputs(list(layers))):
         with simulate(weights=True, activations=True, drop=0.0):
             for name, layer in layers.items():
                 rounded = fitted_rows(layer, layer.input_quantizer(seen[name]))
-                exact, own = floating[name][index], weights(name, index)
-                if own is not None:
-                    own = sampled_rows(own, ROWS).to(exact).sqrt()[None, :, None]
-                    rounded, exact = rounded * own, exact * own
-                moments[name][index % HELD_OUT == HELD_OUT - 1].update(rounded, exact)
+                moments[name].update(index, rounded, floating[name][index], weights_of_rows(weights, name, index))
     return moments
 
 
 def _refit_layer(
     name: str,
     layer: QuantizedLayer,
-    gathered: tuple[LayerMoments, LayerMoments],
+    gathered: _Moments,
+    wanted: Spread,
     settings: RefitSettings,
     feedback: bool,
     weight_observer: str,
 ) -> RefitReport:
     ones, weight = layer.bias is not None, matrix(layer).double()
-    moments = gathered[0] + gathered[1]
+    moments = gathered.all
     objective = Objective(weight, moments)
 
     def rounded_error() -> float:
@@ -187,7 +192,7 @@ def _refit_layer(
         return objective.error(found)
 
     before = objective.error(weight), rounded_error()
-    kind, damping = _choose(weight, *gathered, ones, settings)
+    kind, damping = _choose(weight, gathered.fit, gathered.judge, ones, settings)
     fitted = _fitted(weight, moments, ones, kind, damping)
     if kind != NONE:
         set_matrix(layer, fitted)
@@ -195,8 +200,12 @@ def _refit_layer(
     after = objective.error(fitted)
     if feedback and layer.weight_bits < 16:
         set_matrix(layer, _rounded(layer, fitted, moments, ones))
+    gain = 1.0
+    if settings.spread and settings.weights:
+        found = Spread.of(matrix(layer), gathered.alike.gram, ones=ones)
+        gain = restore(layer, found, wanted, settings.spread)
     change = ((fitted - weight).norm() / weight.norm().clamp(min=1e-30)).item()
-    return RefitReport(name, kind, damping, change, (before[0], after), (before[1], rounded_error()))
+    return RefitReport(name, kind, damping, change, (before[0], after), (before[1], rounded_error()), gain)
 
 
 def _fitted(weight: Tensor, moments: LayerMoments, ones: bool, kind: str, damping: float | None) -> Tensor:

@@ -154,6 +154,9 @@ class Method:
         """Changes a unit's float weights when its turn comes; returns reports."""
         return []
 
+    def finish_unit(self, model: nn.Module, unit: Unit, data: UnitData, sites: Sites, device: Any) -> None:
+        """Changes a unit whose weights are integers: what may be folded into their scales and the biases."""
+
     def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
         """All settings that decide how a unit comes out, given the units before it.
 

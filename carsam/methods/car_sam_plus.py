@@ -16,6 +16,7 @@ from carsam.calibrate.sensitivity import SensitivitySettings, mask_sensitivity, 
 from carsam.compensate.mac import OFF, MacReport, MacSettings
 from carsam.compensate.passes import FloatRows, QuantizedPasses
 from carsam.compensate.refit import RefitReport, RefitSettings, refit_layers
+from carsam.compensate.spread import restore_layers
 from carsam.errors import ConfigError
 from carsam.methods.car_sam import CarSam
 from carsam.models.sites import DEPTHWISE, ResidualStream, Sites
@@ -305,25 +306,42 @@ class CarSamPlus(CarSam):
         if not self.refit.enabled:
             return reports
 
-        runs = [
-            lambda index=index: run_unit(model, unit, data.quantized.get(index, device))
-            for index in range(min(len(data.quantized), self.refit.items))
-        ]
-        # In the order in which the float model came by them.
-        passes = QuantizedPasses(model, list(data.rows.rows), runs)
+        # Layers in the order in which the float model came by them.
+        passes = self._passes(model, unit, data, list(data.rows.rows), device)
         if not self.learn:
             data.around = passes.left_out
         feedback = self.refit.feedback and not (self.learn and self.reconstruction.learn_rounding)
-        projections = [(site.query.layer, site.key.layer, site.value.layer) for site in sites.attentions]
-        return reports + refit_layers(
+        refitted, data.spreads = refit_layers(
             model,
             passes,
             data.rows.rows,
             self.refit,
             feedback=feedback,
-            together=projections,
+            together=_projections(sites),
             weight_observer=self.weight_observer,
             weights=unweighed if data.sensitivity is None else data.sensitivity.weights,
+        )
+        return reports + refitted
+
+    def _passes(
+        self, model: nn.Module, unit: Unit, data: UnitData, layers: list[str], device: torch.device
+    ) -> QuantizedPasses:
+        runs = [
+            lambda index=index: run_unit(model, unit, data.quantized.get(index, device))
+            for index in range(min(len(data.quantized), self.refit.items))
+        ]
+        return QuantizedPasses(model, layers, runs)
+
+    def finish_unit(self, model: nn.Module, unit: Unit, data: UnitData, sites: Sites, device: torch.device) -> None:
+        """What learning took of the spread of outputs is given back."""
+        if not (self.learn and self.refit.enabled and self.refit.spread):
+            return
+        restore_layers(
+            model,
+            self._passes(model, unit, data, list(data.spreads), device),
+            data.spreads,
+            self.refit.spread,
+            together=_projections(sites),
         )
 
     def unit_settings(self, unit: Unit, sites: Sites) -> dict[str, Any]:
@@ -338,6 +356,11 @@ class CarSamPlus(CarSam):
         settings = super().unit_settings(unit, sites)
         settings["reconstruction"] = None
         return settings
+
+
+def _projections(sites: Sites) -> list[tuple[str, ...]]:
+    """Projections of every attention, none of which reads what another gives."""
+    return [(site.query.layer, site.key.layer, site.value.layer) for site in sites.attentions]
 
 
 def _stream_width(model: nn.Module, sites: Sites) -> int:

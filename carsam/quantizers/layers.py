@@ -115,6 +115,23 @@ class QuantizedLayer(nn.Module):
         self.alpha = self.penalty = self._span = self._nearest = None
         self.weight.copy_(decode(codes.float(), self._per_channel(scale), self._per_channel(zero_point)))
 
+    @torch.no_grad()
+    def widen(self, gain: Tensor, around: Tensor) -> None:
+        """Multiplies every output channel's distance from a value, ``gain`` and ``around`` (out,); integers stay.
+
+        Without a bias the value must be zero.
+        """
+        gain = gain.to(self.weight)
+        if self.bias is not None:
+            self.bias.mul_(gain).add_((1 - gain) * around.to(gain))
+        if self.codes is not None:
+            self.set_codes(self.codes, self.weight_scale * gain, self.weight_zero_point)
+            return
+        self.weight.mul_(self._per_channel(gain))
+        if self.weight_scale is not None:
+            self.weight_scale = self.weight_scale * gain
+        self.forget_rounding()
+
     def learn_scales(self) -> nn.Parameter:
         """Makes the scales of integer weights a parameter, their logarithm relative to now; the integers stay."""
         assert self.codes is not None, "weights are no integers yet"

@@ -22,6 +22,7 @@ from carsam.reconstruct.units import Unit, run_unit
 
 if TYPE_CHECKING:
     from carsam.compensate.passes import FloatRows
+    from carsam.compensate.spread import Spread
     from carsam.reconstruct.masks import MaskWeights
 
 # How rounding and steps of activations are learned: together, or one after the other.
@@ -129,7 +130,8 @@ class UnitData:
     """Cached data of one unit: inputs from the quantized-so-far and from the float model, float targets.
 
     ``weights`` says what the masks make of errors in the outputs, where the loss asks for it; ``sensitivity`` what they
-    make of errors in its layers' outputs, and ``rows`` what the layers read in the float model, where the method asks.
+    make of errors in its layers' outputs, ``rows`` what the layers read in the float model, where the method asks, and
+    ``spreads`` how their outputs spread there.
     ``around(index)`` is entered where the finished unit is run on an item once more.
     """
 
@@ -140,6 +142,7 @@ class UnitData:
     weights: MaskWeights | OutputSensitivity | None = None
     sensitivity: MaskSensitivity | None = None
     rows: FloatRows | None = None
+    spreads: dict[str, Spread] | None = None
     around: Callable[[int], AbstractContextManager[object]] = nullcontext
 
     def batch_targets(self, indices: list[int], device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -298,6 +298,7 @@ class Walk:
                 report.steps, report.losses = steps * len(layers), [point for losses in layers for point in losses]
             else:
                 report.losses = self.context.hooks.optimise(self.model, unit, data, settings, **options)
+        method.finish_unit(self.model, unit, data, self.sites, device)
         return report, mac
 
     def _mask_weights(self, unit: Unit, data: UnitData, settings: ReconstructionSettings) -> MaskWeights | None:

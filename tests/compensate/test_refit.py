@@ -90,7 +90,7 @@ def error(reference, model, items):
 def test_errors_fall_also_on_items_that_it_has_not_seen(case, feedback):
     reference, model, items = case
     before = error(reference, model, items[16:])
-    reports = refit_layers(model, *passes(model, ["conv", "linear"], items[:16]), RefitSettings(), feedback=feedback)
+    reports, _ = refit_layers(model, *passes(model, ["conv", "linear"], items[:16]), RefitSettings(), feedback=feedback)
     assert error(reference, model, items[16:]) < 0.8 * before
     assert [report.refitted for report in reports] == ["conv", "linear"] and reports[0].kind == "weights"
     for report in reports:
@@ -156,7 +156,7 @@ def test_only_neighbours_share_a_pass():
 def test_targets_are_the_float_models(case):
     """Float rows are gathered before the first layer changes: the second layer is fitted to the float unit."""
     reference, model, items = case
-    second = refit_layers(model, *passes(model, ["conv", "linear"], items), RefitSettings(), feedback=True)[1]
+    (_, second), _ = refit_layers(model, *passes(model, ["conv", "linear"], items), RefitSettings(), feedback=True)
     x = torch.cat([torch.relu(reference.conv(item)).permute(0, 2, 3, 1).flatten(0, 2) for item in items])
     with torch.no_grad(), simulate(weights=True, activations=True):
         got = torch.cat([model(item).flatten(0, 2) for item in items])
@@ -170,7 +170,7 @@ def test_what_makes_held_out_items_worse_is_left_alone(case):
     for layer in (model.conv, model.linear):
         layer.input_quantizer = ActivationQuantizer(16)  # nothing to compensate
     before = [matrix(layer) for layer in (model.conv, model.linear)]
-    reports = refit_layers(model, *passes(model, ["conv"], items), RefitSettings(), feedback=False)
+    reports, _ = refit_layers(model, *passes(model, ["conv"], items), RefitSettings(), feedback=False)
     assert (reports[0].kind, reports[0].damping, reports[0].change) == ("none", None, 0)
     assert torch.equal(matrix(model.conv), before[0])
 
@@ -179,7 +179,7 @@ def test_biases_alone(case):
     _, model, items = case
     weight = model.linear.weight.clone()
     settings = RefitSettings(weights=False)
-    (report,) = refit_layers(model, *passes(model, ["linear"], items), settings, feedback=False)
+    (report,), _ = refit_layers(model, *passes(model, ["linear"], items), settings, feedback=False)
     assert report.kind == "bias" and torch.equal(model.linear.weight, weight)
     assert report.error[1] < report.error[0]
 
