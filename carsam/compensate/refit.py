@@ -116,7 +116,7 @@ def refit_layers(
         gathered = _gather({name: layers[name] for name in group}, passes, exact, weights)
         for name in group:
             layer, found = layers[name], gathered[name]
-            wanted = Spread.of(matrix(layer), found.alike.energy, ones=layer.bias is not None)
+            wanted = Spread.of(matrix(layer), found.alike.energy, found.alike.rows, ones=layer.bias is not None)
             reports.append(_refit_layer(name, layer, found, wanted, settings, feedback, weight_observer))
             spreads[name] = wanted
     return reports, spreads
@@ -202,7 +202,7 @@ def _refit_layer(
         set_matrix(layer, _rounded(layer, fitted, moments, ones))
     gain = 1.0
     if settings.spread and settings.weights:
-        found = Spread.of(matrix(layer), gathered.alike.gram, ones=ones)
+        found = Spread.of(matrix(layer), gathered.alike.gram, gathered.alike.rows, ones=ones)
         gain = restore(layer, found, wanted, settings.spread)
     change = ((fitted - weight).norm() / weight.norm().clamp(min=1e-30)).item()
     return RefitReport(name, kind, damping, change, (before[0], after), (before[1], rounded_error()), gain)

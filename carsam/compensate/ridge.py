@@ -35,11 +35,13 @@ class LayerMoments:
         gram: Σ X̂ᵀX̂, (groups, d, d).
         cross: Σ X̂ᵀX, likewise.
         energy: Σ XᵀX, likewise.
+        rows: How many there were.
     """
 
     gram: Tensor | None = None
     cross: Tensor | None = None
     energy: Tensor | None = None
+    rows: int = 0
 
     def update(self, quantized: Tensor, floating: Tensor) -> None:
         """Adds rows of samples.
@@ -53,12 +55,14 @@ class LayerMoments:
         for name, value in zip(("gram", "cross", "energy"), found):
             before = getattr(self, name)
             setattr(self, name, value.double() if before is None else before.add_(value))
+        self.rows += quantized.shape[1]
 
     def __add__(self, other: LayerMoments) -> LayerMoments:
         """Of the samples of both."""
         if other.gram is None:
             return self
-        return LayerMoments(self.gram + other.gram, self.cross + other.cross, self.energy + other.energy)
+        sums = (getattr(self, name) + getattr(other, name) for name in ("gram", "cross", "energy"))
+        return LayerMoments(*sums, self.rows + other.rows)
 
 
 def ridge(moments: LayerMoments, relative: float, *, ones: bool) -> Tensor:

@@ -31,14 +31,15 @@ class Spread:
     variance: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, gram: Tensor, *, ones: bool) -> Spread:
-        """Of X W, from W (groups, d, out) and Σ XᵀX (groups, d, d); with ``ones`` X ends in a column of ones."""
+    def of(cls, weight: Tensor, gram: Tensor, rows: int, *, ones: bool) -> Spread:
+        """Of X W, from W (groups, d, out) and Σ XᵀX (groups, d, d) of some rows; with ``ones`` X ends in a column of
+        ones."""
         weight = weight.double()
         if not ones:
-            return cls(torch.zeros_like(weight[:, 0]), (weight * (gram @ weight)).sum(1))
-        inputs, count = weight[:, :-1], gram[:, -1:, -1]
-        mean = (gram[:, -1:, :] @ weight)[:, 0] / count
-        return cls(mean, (inputs * (centred(gram) @ inputs)).sum(1) / count)
+            return cls(torch.zeros_like(weight[:, 0]), (weight * (gram @ weight)).sum(1) / rows)
+        inputs = weight[:, :-1]
+        mean = (gram[:, -1:] @ weight)[:, 0] / rows
+        return cls(mean, (inputs * (centred(gram) @ inputs)).sum(1) / rows)
 
 
 class _Outputs:
