@@ -2,17 +2,18 @@
 
 A method is a frozen dataclass; its fields are its settings. It overrides the hooks it needs and nothing else:
 
-=================  =====================================================  ==========================
-hook               decides                                                default
-=================  =====================================================  ==========================
-quantizer_for      the quantizer of an activation site                    uniform, per tensor
-softmax_for        the quantizer of a softmax output                      ``softmax`` setting
-transform          changes to the float model before anything else        none
-choose             changes that depend on bits, grids of softmax outputs  none
-units              what is reconstructed, in execution order              none (nearest rounding)
-float_rows         what is kept of the float model's pass over a unit     nothing
-prepare_unit       changes to a unit when its turn comes                  none
-=================  =====================================================  ==========================
+=================  =======================================================  ==========================
+hook               decides                                                  default
+=================  =======================================================  ==========================
+quantizer_for      the quantizer of an activation site                      uniform, per tensor
+softmax_for        the quantizer of a softmax output                        ``softmax`` setting
+transform          changes to the float model before anything else          none
+choose             changes that depend on bits, grids of softmax outputs    none
+units              what is reconstructed, in execution order                none (nearest rounding)
+float_rows         what is kept of the float model's pass over a unit       nothing
+prepare_unit       changes to a unit when its turn comes                    none
+finish_unit        changes to a unit whose weights are integers             none
+=================  =======================================================  ==========================
 
 A new method is one new module in this folder, or in a package that announces itself (see :mod:`carsam.plugins`).
 """
