@@ -1,1 +1,1 @@
-"""What changes the function of a layer to cancel the error of quantization: MAC, the ridge refit, the spread of outputs."""
+"""What changes a layer to cancel the error of quantization: MAC, the ridge refit, the spread of outputs."""
