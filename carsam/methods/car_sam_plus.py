@@ -334,7 +334,7 @@ class CarSamPlus(CarSam):
 
     def finish_unit(self, model: nn.Module, unit: Unit, data: UnitData, sites: Sites, device: torch.device) -> None:
         """What learning took of the spread of outputs is given back."""
-        if not (self.learn and self.refit.enabled and self.refit.spread):
+        if not (self.learn and self.refit.enabled and self.refit.weights and self.refit.spread):
             return
         restore_layers(
             model,

@@ -13,6 +13,7 @@ from carsam.bits.plan import BitPlan, Bits
 from carsam.commands.recipe import quantize_config
 from carsam.config import QuantizeConfig
 from carsam.errors import ConfigError
+from carsam.methods import car_sam_plus
 from carsam.methods.base import create
 from carsam.methods.car_sam_plus import PRESETS
 from carsam.models.family import family_of, find_sites
@@ -102,6 +103,24 @@ def test_fast_learns_nothing_and_beats_rounding_to_nearest(name):
     layout = fast.model.config.quantization_config.layout["attentions"]
     chosen = {r["attention"]: r["softmax"] for r in fast.report.transforms if r["transform"] == "foldings"}
     assert {path: operands["probs"]["grid"] for path, operands in layout.items()} == chosen
+
+
+def test_learned_units_get_their_spread_back_where_layers_are_fitted(monkeypatch):
+    model, data = subject("sam")
+    few = {"foldings": [], "smoothing": [], "shift": False, "observers": [], "images": 3, "map_steps": 0}
+    steps = {"steps": 2, "decoder_steps": 2, "mask_weight": 0.0}
+
+    def restored(**changes):
+        seen = []
+        monkeypatch.setattr(car_sam_plus, "restore_layers", lambda _m, passes, *_a, **_k: seen.extend(passes.layers))
+        settings = {**QUICK, "equivalences": few, "reconstruction": steps, **changes}
+        carsam.quantize(model, data, QuantizeConfig("car-sam-plus", settings, decoder_only=True))
+        return sorted(seen)
+
+    decoder = find_sites(model).of_decoder()
+    assert restored() == sorted(site.name for site in decoder.layers)
+    assert not restored(refit={"spread": 0.0}) and not restored(refit={"weights": False})
+    assert not restored(learn=False)  # given back as each layer is rounded
 
 
 def test_choices_and_tuning_tell_how_far_they_are():
