@@ -154,6 +154,14 @@ class QuantizedPasses:
             self._room -= finishing.bytes
             self._finished.append(finishing)
 
+    def rows(self, group: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """As :meth:`inputs`, quantized, as rows that layers are fitted to."""
+        layers: dict[str, QuantizedLayer] = {name: self.model.get_submodule(name) for name in group}
+        for seen in self.inputs(group):
+            with simulate(weights=True, activations=True, drop=0.0):
+                found = {name: fitted_rows(layer, layer.input_quantizer(seen[name])) for name, layer in layers.items()}
+            yield found
+
     @contextmanager
     def left_out(self, index: int) -> Iterator[None]:
         """While the block runs the unit on an item, finished modules are not computed again.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from carsam.calibrate.sensitivity import RowWeights, unweighed
-from carsam.compensate.passes import QuantizedPasses, fitted_rows, grouped, matrix, set_matrix, weights_of_rows
+from carsam.compensate.passes import QuantizedPasses, grouped, matrix, set_matrix, weights_of_rows
 from carsam.compensate.ridge import LayerMoments, Objective, centred, correct_bias, refit, round_with_feedback
 from carsam.compensate.spread import Spread, restore
 from carsam.errors import ConfigError
@@ -113,7 +113,7 @@ def refit_layers(
     reports, spreads = [], {}
     for group in grouped(passes.layers, together):
         exact = {name: floating.pop(name) for name in group}
-        gathered = _gather({name: layers[name] for name in group}, passes, exact, weights)
+        gathered = _gather(group, passes, exact, weights)
         for name in group:
             layer, found = layers[name], gathered[name]
             wanted = Spread.of(matrix(layer), found.alike.energy, found.alike.rows, ones=layer.bias is not None)
@@ -151,22 +151,20 @@ class _Moments:
 
 
 def _gather(
-    layers: dict[str, QuantizedLayer], passes: QuantizedPasses, floating: dict[str, list[Tensor]], weights: RowWeights
+    names: Sequence[str], passes: QuantizedPasses, floating: dict[str, list[Tensor]], weights: RowWeights
 ) -> dict[str, _Moments]:
     """Moments of layers' inputs.
 
     Args:
-        layers: In the order of execution; none reads what another gives.
+        names: Layers in the order of execution; none reads what another gives.
         passes: Passes that reach them.
         floating: Rows of their inputs in the float model, item by item.
         weights: Of the squared errors of a layer's rows on an item.
     """
-    moments = {name: _Moments() for name in layers}
-    for index, seen in enumerate(passes.inputs(list(layers))):
-        with simulate(weights=True, activations=True, drop=0.0):
-            for name, layer in layers.items():
-                rounded = fitted_rows(layer, layer.input_quantizer(seen[name]))
-                moments[name].update(index, rounded, floating[name][index], weights_of_rows(weights, name, index))
+    moments = {name: _Moments() for name in names}
+    for index, rows in enumerate(passes.rows(names)):
+        for name in names:
+            moments[name].update(index, rows[name], floating[name][index], weights_of_rows(weights, name, index))
     return moments
 
 

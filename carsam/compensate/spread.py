@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from carsam.compensate.passes import QuantizedPasses, fitted_rows, grouped, matrix
+from carsam.compensate.passes import QuantizedPasses, grouped, matrix
 from carsam.compensate.ridge import centred
-from carsam.quantizers import QuantizedLayer, simulate
+from carsam.quantizers import QuantizedLayer
 
 # An output that is next to constant in the quantized model cannot be brought back by a factor.
 MOST = 2.0
@@ -91,11 +91,8 @@ def restore_layers(
     layers: dict[str, QuantizedLayer] = {name: model.get_submodule(name) for name in passes.layers}
     for group in grouped(passes.layers, together):
         outputs = {name: _Outputs() for name in group}
-        for seen in passes.inputs(group):
-            with simulate(weights=True, activations=True, drop=0.0):
-                for name in group:
-                    layer = layers[name]
-                    inputs = fitted_rows(layer, layer.input_quantizer(seen[name]))
-                    outputs[name].update(inputs @ matrix(layer))
+        for rows in passes.rows(group):
+            for name in group:
+                outputs[name].update(rows[name] @ matrix(layers[name]))
         for name in group:
             restore(layers[name], outputs[name].spread(ones=layers[name].bias is not None), wanted[name], share)
