@@ -115,39 +115,29 @@ def refit_layers(
         exact = {name: floating.pop(name) for name in group}
         gathered = _gather(group, passes, exact, weights)
         for name in group:
-            layer, found = layers[name], gathered[name]
-            wanted = Spread.of(matrix(layer), found.alike.energy, found.alike.rows, ones=layer.bias is not None)
-            reports.append(_refit_layer(name, layer, found, wanted, settings, feedback, weight_observer))
-            spreads[name] = wanted
+            report, spreads[name] = _refit_layer(
+                name, layers[name], gathered[name], settings, feedback, weight_observer
+            )
+            reports.append(report)
     return reports, spreads
 
 
 class _Moments:
-    """Of one layer's inputs, over items that it is fitted to and those that judge, rows weighed; all alike in
-    ``alike``."""
+    """Of one layer's inputs: items that it is fitted to and those that judge. Where rows are weighed, all of them alike
+    as well."""
 
     def __init__(self):
         self.fit, self.judge = LayerMoments(), LayerMoments()
-        self._alike: LayerMoments | None = None
+        self.alike: LayerMoments | None = None
 
     def update(self, index: int, rounded: Tensor, exact: Tensor, weights: Tensor | None) -> None:
         """Adds an item's rows (groups, rows, d); their weights are (1, rows, 1), None for all alike."""
         if weights is not None:
-            self._alike = LayerMoments() if self._alike is None else self._alike
-            self._alike.update(rounded, exact)
+            self.alike = LayerMoments() if self.alike is None else self.alike
+            self.alike.update(rounded, exact)
             root = weights.to(exact).sqrt()
             rounded, exact = rounded * root, exact * root
         (self.judge if index % HELD_OUT == HELD_OUT - 1 else self.fit).update(rounded, exact)
-
-    @property
-    def all(self) -> LayerMoments:
-        """Over all items, rows weighed."""
-        return self.fit + self.judge
-
-    @property
-    def alike(self) -> LayerMoments:
-        """Over all items, rows alike."""
-        return self.all if self._alike is None else self._alike
 
 
 def _gather(
@@ -172,13 +162,14 @@ def _refit_layer(
     name: str,
     layer: QuantizedLayer,
     gathered: _Moments,
-    wanted: Spread,
     settings: RefitSettings,
     feedback: bool,
     weight_observer: str,
-) -> RefitReport:
+) -> tuple[RefitReport, Spread]:
     ones, weight = layer.bias is not None, matrix(layer).double()
-    moments = gathered.all
+    moments = gathered.fit + gathered.judge
+    alike = moments if gathered.alike is None else gathered.alike
+    wanted = Spread.of(weight, alike.energy, alike.rows, ones=ones)
     objective = Objective(weight, moments)
 
     def rounded_error() -> float:
@@ -200,10 +191,11 @@ def _refit_layer(
         set_matrix(layer, _rounded(layer, fitted, moments, ones))
     gain = 1.0
     if settings.spread and settings.weights:
-        found = Spread.of(matrix(layer), gathered.alike.gram, gathered.alike.rows, ones=ones)
+        found = Spread.of(matrix(layer), alike.gram, alike.rows, ones=ones)
         gain = restore(layer, found, wanted, settings.spread)
     change = ((fitted - weight).norm() / weight.norm().clamp(min=1e-30)).item()
-    return RefitReport(name, kind, damping, change, (before[0], after), (before[1], rounded_error()), gain)
+    report = RefitReport(name, kind, damping, change, (before[0], after), (before[1], rounded_error()), gain)
+    return report, wanted
 
 
 def _fitted(weight: Tensor, moments: LayerMoments, ones: bool, kind: str, damping: float | None) -> Tensor:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_units import passes, with_ranges
 from torch import nn
 
-from carsam.calibrate.observers import RangeRecorder
-from carsam.compensate.passes import FloatRows, QuantizedPasses, rows_of
-from carsam.compensate.refit import RefitSettings, grouped, matrix, refit_layers, set_matrix
+from carsam.compensate.passes import QuantizedPasses, grouped, matrix, rows_of, set_matrix
+from carsam.compensate.refit import RefitSettings, refit_layers
 from carsam.errors import ConfigError
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, simulate
 
@@ -55,30 +55,10 @@ def case(request):
     weight_bits = getattr(request, "param", 3)
     torch.manual_seed(0)
     reference = Two().requires_grad_(False)
-    model = copy.deepcopy(reference)
-    for name in ("conv", "linear"):
-        setattr(model, name, QuantizedLayer(getattr(model, name), weight_bits, ActivationQuantizer(3)))
     # Channels that go together, as a network's do: one makes up for what the grid does to another.
     mixing = torch.randn(3, 3) * torch.tensor([0.2, 1.0, 3.0])
     items = [1 + torch.einsum("oc,bchw->bohw", mixing, torch.randn(1, 3, 8, 8, generator=drawn(i))) for i in range(24)]
-    recorder = RangeRecorder([model])
-    with recorder.recording():
-        for item in items:
-            model(item)
-    recorder.apply("mse")
-    for layer in (model.conv, model.linear):
-        layer.fit_weight()
-    return reference, model, items
-
-
-@torch.no_grad()
-def passes(model, layers, items):
-    """What the refit is given: passes over the unit, and rows of its layers in the float model."""
-    rows = FloatRows(model, layers, len(items))
-    with rows.watching(), simulate(weights=False, activations=False):
-        for item in items:
-            model(item)
-    return QuantizedPasses(model, layers, [lambda item=item: model(item) for item in items]), rows.rows
+    return reference, with_ranges(copy.deepcopy(reference), ["conv", "linear"], items, weight_bits, 3), items
 
 
 def error(reference, model, items):
@@ -120,17 +100,9 @@ class Projections(nn.Module):
 @torch.no_grad()
 def test_layers_that_do_not_read_each_other_share_a_pass():
     torch.manual_seed(0)
-    model, names, calls = Projections(), ["first", "second", "last"], []
-    for name in names:
-        setattr(model, name, QuantizedLayer(getattr(model, name), 3, ActivationQuantizer(3)))
+    names, calls = ["first", "second", "last"], []
     items = [torch.randn(40, 6, generator=drawn(i)) for i in range(8)]
-    recorder = RangeRecorder([model])
-    with recorder.recording():
-        for item in items:
-            model(item)
-    recorder.apply("mse")
-    for name in names:
-        model.get_submodule(name).fit_weight()
+    model = with_ranges(Projections(), names, items, 3, 3)
     other = copy.deepcopy(model)
 
     def counted(each):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_units import passes, with_ranges
 from torch import nn
 
-from carsam.calibrate.observers import RangeRecorder
-from carsam.compensate.passes import FloatRows, QuantizedPasses, fitted_rows, matrix
+from carsam.compensate.passes import QuantizedPasses, fitted_rows, matrix
 from carsam.compensate.refit import RefitSettings, refit_layers
 from carsam.compensate.spread import MOST, Spread, restore, restore_layers
 from carsam.errors import ConfigError
@@ -91,30 +91,14 @@ def case():
     """The float unit, the same with inputs of two bits, and 24 items."""
     torch.manual_seed(0)
     reference = Chain().requires_grad_(False)
-    model = copy.deepcopy(reference)
-    for name in ("first", "second"):
-        setattr(model, name, QuantizedLayer(getattr(model, name), 8, ActivationQuantizer(2)))
     items = [torch.randn(64, 12, generator=drawn(i)) for i in range(24)]
-    recorder = RangeRecorder([model])
-    with recorder.recording():
-        for item in items:
-            model(item)
-    recorder.apply("mse")
-    for layer in (model.first, model.second):
-        layer.fit_weight()
-    return reference, model, items
+    return reference, with_ranges(copy.deepcopy(reference), ["first", "second"], items, 8, 2), items
 
 
-@torch.no_grad()
 def fitted(model, items, **changes):
-    rows = FloatRows(model, ["first", "second"], len(items))
-    with rows.watching(), simulate(weights=False, activations=False):
-        for item in items:
-            model(item)
-    runs = [lambda item=item: model(item) for item in items]
-    passes = QuantizedPasses(model, ["first", "second"], runs)
-    reports, spreads = refit_layers(model, passes, rows.rows, RefitSettings(damping=0.01, **changes), feedback=True)
-    return reports, spreads, runs
+    over, rows = passes(model, ["first", "second"], items)
+    reports, spreads = refit_layers(model, over, rows, RefitSettings(damping=0.01, **changes), feedback=True)
+    return reports, spreads, over.runs
 
 
 def ratio(model, reference, items):
@@ -155,12 +139,7 @@ def test_a_finished_unit_gets_its_spread_back_layer_by_layer(case):
 
 def test_biases_alone_leave_the_spread_as_it_is(case):
     _, model, items = case
-    rows = FloatRows(model, ["first"], len(items))
-    with rows.watching(), simulate(weights=False, activations=False):
-        for item in items:
-            model(item)
-    passes = QuantizedPasses(model, ["first"], [lambda item=item: model(item) for item in items])
-    (report,), _ = refit_layers(model, passes, rows.rows, RefitSettings(weights=False), feedback=False)
+    (report,), _ = refit_layers(model, *passes(model, ["first"], items), RefitSettings(weights=False), feedback=False)
     assert report.gain == 1.0
 
 
