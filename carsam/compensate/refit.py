@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from carsam.calibrate.sensitivity import RowWeights, unweighed
 from carsam.compensate.passes import QuantizedPasses, grouped, matrix, set_matrix, weights_of_rows
 from carsam.compensate.ridge import LayerMoments, Objective, centred, correct_bias, refit, round_with_feedback
-from carsam.compensate.spread import Spread, restore
+from carsam.compensate.spread import OutputSums, Spread, restore
 from carsam.errors import ConfigError
 from carsam.quantizers import QuantizedLayer, simulate
+from carsam.quantizers.sampling import odd_step_within
 
 # λ relative to the mean diagonal, from next to none to next to no refit.
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 # Every fourth calibration item judges them.
 HELD_OUT = 4
+# Output channels of a layer that the choice is made by.
+CHANNELS = 512
 WEIGHTS, BIAS, NONE = "weights", "bias", "none"
 
 
@@ -123,21 +126,37 @@ def refit_layers(
 
 
 class _Moments:
-    """Of one layer's inputs: items that it is fitted to and those that judge. Where rows are weighed, all of them alike
-    as well."""
+    """Of one layer: items that it is fitted to and those that judge, its outputs in the float model, and all quantized
+    rows alike where the others are weighed.
 
-    def __init__(self):
-        self.fit, self.judge = LayerMoments(), LayerMoments()
-        self.alike: LayerMoments | None = None
+    Args:
+        weight: Of the layer in the float model, (groups, d, out).
+    """
+
+    def __init__(self, weight: Tensor):
+        self.fit, self.judge, self.outputs = LayerMoments(), LayerMoments(), OutputSums()
+        self._weight = weight
+        self._alike: Tensor | None = None
 
     def update(self, index: int, rounded: Tensor, exact: Tensor, weights: Tensor | None) -> None:
         """Adds an item's rows (groups, rows, d); their weights are (1, rows, 1), None for all alike."""
+        outputs = exact @ self._weight
+        self.outputs.update(outputs)
         if weights is not None:
-            self.alike = LayerMoments() if self.alike is None else self.alike
-            self.alike.update(rounded, exact)
+            gram = (rounded.transpose(-2, -1) @ rounded).double()
+            self._alike = gram if self._alike is None else self._alike.add_(gram)
             root = weights.to(exact).sqrt()
-            rounded, exact = rounded * root, exact * root
-        (self.judge if index % HELD_OUT == HELD_OUT - 1 else self.fit).update(rounded, exact)
+            rounded, exact, outputs = rounded * root, exact * root, outputs * root
+        (self.judge if index % HELD_OUT == HELD_OUT - 1 else self.fit).update(rounded, exact, outputs)
+
+    @property
+    def all(self) -> LayerMoments:
+        """Of both."""
+        return self.fit + self.judge
+
+    def alike(self, moments: LayerMoments) -> Tensor:
+        """Σ X̂ᵀX̂ over rows that count alike, (groups, d, d); ``moments`` are :attr:`all`."""
+        return moments.gram if self._alike is None else self._alike
 
 
 def _gather(
@@ -151,7 +170,7 @@ def _gather(
         floating: Rows of their inputs in the float model, item by item.
         weights: Of the squared errors of a layer's rows on an item.
     """
-    moments = {name: _Moments() for name in names}
+    moments = {name: _Moments(matrix(passes.model.get_submodule(name))) for name in names}
     for index, rows in enumerate(passes.rows(names)):
         for name in names:
             moments[name].update(index, rows[name], floating[name][index], weights_of_rows(weights, name, index))
@@ -167,10 +186,11 @@ def _refit_layer(
     weight_observer: str,
 ) -> tuple[RefitReport, Spread]:
     ones, weight = layer.bias is not None, matrix(layer).double()
-    moments = gathered.fit + gathered.judge
-    alike = moments if gathered.alike is None else gathered.alike
-    wanted = Spread.of(weight, alike.energy, alike.rows, ones=ones)
-    objective = Objective(weight, moments)
+    moments = gathered.all
+    alike = gathered.alike(moments)
+    wanted = gathered.outputs.spread(ones=ones)
+    some = _some(weight)
+    objective = Objective(weight[..., some], moments.of(some))
 
     def rounded_error() -> float:
         with simulate(weights=True):
@@ -178,24 +198,29 @@ def _refit_layer(
         found = matrix(layer).double()
         inputs = simulated.flatten(1).unflatten(0, (len(found), -1)).transpose(1, 2)
         found[:, : inputs.shape[1]] = inputs
-        return objective.error(found)
+        return objective.error(found[..., some])
 
-    before = objective.error(weight), rounded_error()
+    before = objective.error(weight[..., some]), rounded_error()
     kind, damping = _choose(weight, gathered.fit, gathered.judge, ones, settings)
     fitted = _fitted(weight, moments, ones, kind, damping)
     if kind != NONE:
         set_matrix(layer, fitted)
         layer.fit_weight(weight_observer)
-    after = objective.error(fitted)
+    after = objective.error(fitted[..., some])
     if feedback and layer.weight_bits < 16:
         set_matrix(layer, _rounded(layer, fitted, moments, ones))
     gain = 1.0
     if settings.spread and settings.weights:
-        found = Spread.of(matrix(layer), alike.gram, alike.rows, ones=ones)
+        found = Spread.of(matrix(layer), alike, gathered.outputs.count, ones=ones)
         gain = restore(layer, found, wanted, settings.spread)
     change = ((fitted - weight).norm() / weight.norm().clamp(min=1e-30)).item()
     report = RefitReport(name, kind, damping, change, (before[0], after), (before[1], rounded_error()), gain)
     return report, wanted
+
+
+def _some(weight: Tensor) -> slice:
+    """Outputs of a layer that its errors are told from: each costs as much as all inputs have products."""
+    return slice(None, None, odd_step_within(weight.shape[-1], CHANNELS))
 
 
 def _fitted(weight: Tensor, moments: LayerMoments, ones: bool, kind: str, damping: float | None) -> Tensor:
@@ -215,6 +240,8 @@ def _choose(
         return WEIGHTS, settings.damping
     if judge.gram is None:
         return choices[-1] if choices else (NONE, None)  # too few items to judge: what holds on to the weight most
+    some = _some(weight)
+    weight, fit, judge = weight[..., some], fit.of(some), judge.of(some)
     objective = Objective(weight, judge)
     best, least = (NONE, None), objective.error(weight)
     for choice in choices:

@@ -34,35 +34,37 @@ class LayerMoments:
     Attributes:
         gram: Σ X̂ᵀX̂, (groups, d, d).
         cross: Σ X̂ᵀX, likewise.
-        energy: Σ XᵀX, likewise.
-        rows: How many there were.
+        energy: Σ (X W)² of every output, (groups, out).
     """
 
     gram: Tensor | None = None
     cross: Tensor | None = None
     energy: Tensor | None = None
-    rows: int = 0
 
-    def update(self, quantized: Tensor, floating: Tensor) -> None:
+    def update(self, quantized: Tensor, floating: Tensor, outputs: Tensor) -> None:
         """Adds rows of samples.
 
         Args:
             quantized: X̂, (groups, rows, d): what each group of the layer's outputs is computed from.
             floating: X, likewise.
+            outputs: X W, (groups, rows, out). They cost less than the moments of X would, where d is large.
         """
         transposed = quantized.transpose(-2, -1)
-        found = (transposed @ quantized, transposed @ floating, floating.transpose(-2, -1) @ floating)
+        found = (transposed @ quantized, transposed @ floating, outputs.double().square().sum(1))
         for name, value in zip(("gram", "cross", "energy"), found):
             before = getattr(self, name)
             setattr(self, name, value.double() if before is None else before.add_(value))
-        self.rows += quantized.shape[1]
 
     def __add__(self, other: LayerMoments) -> LayerMoments:
         """Of the samples of both."""
         if other.gram is None:
             return self
         sums = (getattr(self, name) + getattr(other, name) for name in ("gram", "cross", "energy"))
-        return LayerMoments(*sums, self.rows + other.rows)
+        return LayerMoments(*sums)
+
+    def of(self, outputs: slice) -> LayerMoments:
+        """For some of the layer's outputs."""
+        return LayerMoments(self.gram, self.cross, self.energy[:, outputs])
 
 
 def ridge(moments: LayerMoments, relative: float, *, ones: bool) -> Tensor:
@@ -131,7 +133,7 @@ class Objective:
     def __init__(self, weight: Tensor, moments: LayerMoments):
         weight = weight.double()
         self._gram = moments.gram
-        self._energy = (weight * (moments.energy @ weight)).sum().clamp(min=1e-30)
+        self._energy = moments.energy.sum().clamp(min=1e-30)
         self._mixed = moments.cross @ weight
 
     def error(self, fitted: Tensor) -> float:

@@ -42,7 +42,7 @@ class Spread:
         return cls(mean, (inputs * (centred(gram) @ inputs)).sum(1) / rows)
 
 
-class _Outputs:
+class OutputSums:
     """Sums over a layer's outputs, item by item."""
 
     def __init__(self):
@@ -56,6 +56,7 @@ class _Outputs:
         self.squares = self.squares + rows.square().sum(1)
 
     def spread(self, *, ones: bool) -> Spread:
+        """Around the mean; around zero unless the layer has a bias (``ones``)."""
         mean = self.sums / self.count if ones else torch.zeros_like(self.sums)
         return Spread(mean, self.squares / self.count - mean.square())
 
@@ -90,7 +91,7 @@ def restore_layers(
     """:func:`restore` for the layers of a unit whose weights are integers, one after the other."""
     layers: dict[str, QuantizedLayer] = {name: model.get_submodule(name) for name in passes.layers}
     for group in grouped(passes.layers, together):
-        outputs = {name: _Outputs() for name in group}
+        outputs = {name: OutputSums() for name in group}
         for rows in passes.rows(group):
             for name in group:
                 outputs[name].update(rows[name] @ matrix(layers[name]))

@@ -27,10 +27,10 @@ def case(seed, groups=2, rows=60, d=6, out=4):
     return torch.cat([x, ones], -1), torch.cat([x + noise, ones], -1), weight
 
 
-def gathered(quantized, floating):
+def gathered(quantized, floating, weight):
     moments = LayerMoments()
     for q, f in zip(quantized.split(20, dim=1), floating.split(20, dim=1)):
-        moments.update(q, f)
+        moments.update(q, f, f @ weight)
     return moments
 
 
@@ -38,7 +38,7 @@ def gathered(quantized, floating):
 @given(SEEDS, st.floats(1e-4, 1.0))
 def test_refit_is_dense_least_squares(seed, damping):
     floating, quantized, weight = case(seed)
-    moments = gathered(quantized, floating)
+    moments = gathered(quantized, floating, weight)
     found = refit(weight, moments, relative_damping=damping)
     lam = ridge(moments, damping, ones=True)
     for group, expected in enumerate(found):
@@ -53,7 +53,7 @@ def test_refit_is_dense_least_squares(seed, damping):
 @settings(deadline=None, max_examples=20)
 def test_the_bias_takes_the_mean_error_and_nothing_is_lost(seed):
     floating, quantized, weight = case(seed)
-    moments = gathered(quantized, floating)
+    moments = gathered(quantized, floating, weight)
     found = refit(weight, moments, relative_damping=1e-3)
     error = quantized @ found - floating @ weight
     assert error.mean(1).abs().max() < 1e-6 * (floating @ weight).abs().max()
@@ -61,16 +61,21 @@ def test_the_bias_takes_the_mean_error_and_nothing_is_lost(seed):
     dense = error.square().sum() / (floating @ weight).square().sum()
     assert objective.error(found) == pytest.approx(dense.item(), rel=1e-6)
     assert objective.error(found) < objective.error(weight)
-    halves = gathered(quantized[:, :20], floating[:, :20]) + gathered(quantized[:, 20:], floating[:, 20:])
+    halves = gathered(quantized[:, :20], floating[:, :20], weight)
+    halves += gathered(quantized[:, 20:], floating[:, 20:], weight)
     torch.testing.assert_close(halves.gram, moments.gram)
     assert Objective(weight, halves).error(found) == pytest.approx(objective.error(found))
+    some = slice(1, None, 2)
+    of_some = Objective(weight[..., some], moments.of(some)).error(found[..., some])
+    dense = error[..., some].square().sum() / (floating @ weight)[..., some].square().sum()
+    assert of_some == pytest.approx(dense.item(), rel=1e-6)
 
 
 @given(SEEDS)
 @settings(deadline=None, max_examples=10)
 def test_the_bias_alone_is_least_squares_in_the_bias(seed):
     floating, quantized, weight = case(seed)
-    moments = gathered(quantized, floating)
+    moments = gathered(quantized, floating, weight)
     found = correct_bias(weight, moments)
     assert torch.equal(found[:, :-1], weight[:, :-1])
     expected = weight[:, -1] + (floating @ weight - quantized @ weight).mean(1)
@@ -79,7 +84,7 @@ def test_the_bias_alone_is_least_squares_in_the_bias(seed):
 
 def test_equal_inputs_change_nothing_and_no_damping_is_refused():
     floating, _, weight = case(0)
-    moments = gathered(floating, floating)
+    moments = gathered(floating, floating, weight)
     assert torch.equal(refit(weight, moments), weight)
     with pytest.raises(ConfigError, match="must be positive"):
         refit(weight, moments, relative_damping=0.0)
