@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from carsam.models.implementations import IMPLEMENTATION
-from carsam.quantizers.simulation import current
+from carsam.quantizers.simulation import current, product
 
 # Scores of one image in memory at a time: bounds the temporaries of an attention over a whole image (128 MB).
 CHUNK_ELEMENTS = 2**25
@@ -78,15 +78,15 @@ class MatMulQuantizers(nn.Module):
             query, key, value = query.flatten(0, 1), key.flatten(0, 1), self.value(value).flatten(0, 1)
             parts = []
             for heads, rows in pieces(len(query), query.shape[1], key.shape[1]):
-                scores = torch.matmul(query[heads, rows], key[heads].transpose(-2, -1))
-                parts.append((heads, torch.matmul(self.probs(scores, value=value[heads]), value[heads])))
+                scores = product(torch.matmul, query[heads, rows], key[heads].transpose(-2, -1))
+                parts.append((heads, product(torch.matmul, self.probs(scores, value=value[heads]), value[heads])))
             return _joined(parts).unflatten(0, shape), None
-        scores = torch.matmul(query, key.transpose(-2, -1))
+        scores = product(torch.matmul, query, key.transpose(-2, -1))
         if mask is not None:
             scores = scores + mask
         value = self.value(value)
         probs = self.probs(scores, value=value)
-        return torch.matmul(probs, value), probs
+        return product(torch.matmul, probs, value), probs
 
     def attend_grid(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, relative: tuple[Tensor, Tensor] | None
@@ -104,14 +104,14 @@ class MatMulQuantizers(nn.Module):
         width = 1 if relative is None else relative[0].shape[2]
         parts = []
         for heads, cells in pieces(len(query), tokens, tokens, unit=width):
-            scores = torch.matmul(query[heads, cells], key[heads].transpose(-2, -1))
+            scores = product(torch.matmul, query[heads, cells], key[heads].transpose(-2, -1))
             if relative is not None:
                 height = tokens // width
                 rows = slice(cells.start // width, cells.stop // width)
                 # Two broadcast additions in place: the full (tokens × tokens) bias is never built.
                 grid = scores.view(len(scores), -1, width, height, width)
                 grid.add_(relative[0][heads, rows][..., :, None]).add_(relative[1][heads, rows][..., None, :])
-            parts.append((heads, torch.matmul(self.probs(scores, value=value[heads]), value[heads])))
+            parts.append((heads, product(torch.matmul, self.probs(scores, value=value[heads]), value[heads])))
         return _joined(parts)
 
 

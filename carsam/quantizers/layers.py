@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from carsam.quantizers.affine import decode, encode
 from carsam.quantizers.rounding import SoftRound, initial_alpha, rounding_span, weight_grid
-from carsam.quantizers.simulation import current
+from carsam.quantizers.simulation import current, product
 
 
 def convolution(source: nn.Linear | nn.Conv2d) -> dict[str, Any] | None:
@@ -166,8 +166,8 @@ class QuantizedLayer(nn.Module):
         # Observers see what the input is multiplied with: some grids are judged by the layer's output.
         x, weight = self.input_quantizer(x, weight=self.weight), self.simulated_weight()
         if self.conv is None:
-            return F.linear(x, weight, self.bias)
-        return F.conv2d(x, weight, self.bias, **self.conv)
+            return product(F.linear, x, weight, self.bias)
+        return product(F.conv2d, x, weight, self.bias, **self.conv)
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}, weight_bits={self.weight_bits}"

@@ -28,6 +28,7 @@ class Simulation:
             is quantized.
         observe: Called as ``observe(quantizer, values)`` before each activation quantizer, or None.
         whole_heads: Large attentions give P by whole heads also where nobody observes.
+        mixed: Matrix products take bfloat16 operands (:func:`product`); all else stays in single precision.
     """
 
     weights: bool = False
@@ -37,6 +38,7 @@ class Simulation:
     settled: bool = False
     observe: Callable[[Any, torch.Tensor], None] | None = None
     whole_heads: bool = False
+    mixed: bool = False
 
 
 # A module-level value and not a ContextVar: autograd runs backward passes (and recomputation in them) on threads of
@@ -64,6 +66,22 @@ def simulate(**changes: Any) -> Iterator[None]:
         yield
     finally:
         _current = previous
+
+
+def product(operation: Callable[..., torch.Tensor], *operands: torch.Tensor | None, **options: Any) -> torch.Tensor:
+    """A matrix product or convolution, in the precision that the simulation asks for.
+
+    Args:
+        operation: As ``torch.matmul``, ``F.linear``, ``F.conv2d``.
+        operands: Tensors (and a bias that may be None) in single precision.
+        options: What else the operation takes.
+
+    Returns:
+        Its result, in single precision.
+    """
+    if not _current.mixed:
+        return operation(*operands, **options)
+    return operation(*(None if each is None else each.bfloat16() for each in operands), **options).float()
 
 
 # From here on a map in another order than its shape's costs more to reorder than all that is computed with it.

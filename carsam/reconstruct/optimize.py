@@ -58,6 +58,8 @@ class ReconstructionSettings:
             while activations stay in floating point, then steps with the weights decided.
         drop_probs: Whether softmax outputs are dropped as well. Their error at 4 bits is not noise that averages out: a
             broad row rounds to zero as a whole, so a unit trained on half-dropped rows meets rows of half the sum.
+        mixed_precision: Matrix products of the loop take bfloat16 operands, forwards and backwards. Quantizers, losses
+            and what is learned stay in single precision.
         mask_weight: Share of a decoder unit's loss in which errors are weighed by what the masks make of them
             (:mod:`carsam.reconstruct.masks`); 0 counts all elements alike.
         mask_optional: Leave both out, with a warning, where a model's masks cannot be differentiated (a video's memory)
@@ -81,6 +83,7 @@ class ReconstructionSettings:
     drop_probs: bool = True
     per_layer: bool = False
     phases: str = "joint"
+    mixed_precision: bool = False
     mask_weight: float = 0.0
     mask_optional: bool = False
     mask_steps: int = 0
@@ -233,6 +236,7 @@ def optimise(
 
     try:
         state = {"weights": True, "activations": joint, "drop": settings.drop, "drop_probs": settings.drop_probs}
+        state["mixed"] = settings.mixed_precision
         with torch.random.fork_rng(), ExitStack() as simulation:
             simulation.enter_context(simulate(**state))
             torch.manual_seed(unit_seed(seed, unit.name))

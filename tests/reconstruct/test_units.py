@@ -15,6 +15,7 @@ from carsam.models.prepare import prepare_model
 from carsam.models.sam.decoder import decoder_input
 from carsam.prompts.calibration import CalibrationImage
 from carsam.quantizers import QuantizedLayer, SiteQuantizer, simulate
+from carsam.quantizers.simulation import product
 from carsam.reconstruct.losses import relative_loss
 from carsam.reconstruct.optimize import PHASES, ReconstructionSettings, UnitData, optimise, relative_errors, unit_seed
 from carsam.reconstruct.units import check_cover, decoder_units, encoder_units, run_unit
@@ -161,6 +162,34 @@ def test_same_seed_same_integers_other_seed_others(nano, arguments):
     assert torch.equal(first, codes(0))
     assert not torch.equal(first, codes(1))
     assert unit_seed(0, "a") != unit_seed(0, "b") != unit_seed(1, "b")
+
+
+def test_mixed_precision_learns_next_to_the_same(nano, arguments):
+    """Products alone are rounded to bfloat16, and in the loop alone."""
+    device, errors, codes = torch.device("cpu"), [], []
+    for mixed in (False, True):
+        model, unit, data, _ = pair_problem(nano, arguments, drop=0.0)
+        settings = ReconstructionSettings(drop=0.0, mixed_precision=mixed)
+        optimise(model, unit, data, settings, steps=40, seed=0, device=device)
+        parts = [m for module in unit.modules(model) for m in module.modules()]
+        codes.append(torch.cat([m.codes.flatten() for m in parts if isinstance(m, QuantizedLayer)]))
+        errors.append(relative_errors(model, unit, data, device))
+        assert all(m.weight.dtype == torch.float32 for m in parts if isinstance(m, QuantizedLayer))
+    assert not torch.equal(*codes) and (codes[0] == codes[1]).float().mean() > 0.95
+    # What is left is an error of 4 bits, a hundred times that of a product.
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+def test_products_are_rounded_where_the_simulation_asks():
+    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    exact = product(torch.matmul, a, b)
+    assert torch.equal(exact, a @ b)
+    with simulate(mixed=True):
+        rounded = product(torch.matmul, a, b)
+        bias = product(torch.nn.functional.linear, a, b, None)
+    assert rounded.dtype == bias.dtype == torch.float32 and not torch.equal(rounded, exact)
+    # 2^-9 of every operand, and of the sum.
+    assert (rounded - exact).norm() < 2**-7 * exact.norm()
 
 
 @pytest.mark.parametrize("phases", PHASES)
