@@ -120,7 +120,16 @@ def write_results(folder: Path, *, n_blocks: int = 3, n_images: int = 40) -> Non
                 "condition": [1373.4, 4.1],
                 "error": [0.0024, 0.0168],
                 "change": 0.31,
-            }
+            },
+            {
+                "refitted": f"{DECODER}.layers.0.self_attn.v_proj",
+                "kind": "weights",
+                "damping": 0.1,
+                "change": 0.123,
+                "error": [0.051, 0.042],
+                "rounded": [0.066, 0.0456],
+                "gain": 1.27,
+            },
         ],
         "transforms": [{"transform": "BIG", "attention": f"{DECODER}.{STAGES[0]}", "modes": 2, "flipped_channels": 61}],
     }

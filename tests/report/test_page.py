@@ -36,6 +36,7 @@ def test_the_page_says_what_matters(full_page):
     assert "The worst image: worst <image> & more.jpg" in text
     assert "1 of 2 stages got worse" in text
     assert "decoder.layers.0.self_attn.q_proj 1373 4.10 0.00240 0.0168 0.310" in text, "a layer that ACNR changed"
+    assert "decoder.layers.0.self_attn.v_proj weights and bias 0.100 0.0660 0.0456 0.123 1.27" in text, "a refit"
     assert "0 tok→img, neighbour 0 img→tok" in full_page
     sections = ["size", "accuracy", "examples", "attention", "oscillation", "units", "network"]
     sections += ["ranges", "sensitivity", "recipe", "commands"]

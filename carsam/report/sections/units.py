@@ -46,6 +46,7 @@ def section(source: Source) -> Section:
         "transforms": _transforms(transforms, source.names) if transforms else None,
         "compensations": [_compensation(entry) for entry in compensations if "attention" in entry],
         "conditions": [_condition(entry) for entry in compensations if "condition" in entry],
+        "refits": [_refit(entry) for entry in compensations if "refitted" in entry],
     }
     return Section("units", "Reconstruction", view)
 
@@ -132,6 +133,23 @@ def _condition(entry: dict[str, Any]) -> dict[str, Any]:
         pair = [numbers.finite(value) for value in numbers_of(entry.get(key))]
         pairs[key] = pair if len(pair) == 2 else [None, None]
     return {"layer": entry.get("layer"), **pairs, "change": numbers.finite(entry.get("change"))}
+
+
+# What was fitted, in words (:class:`carsam.compensate.refit.RefitReport`).
+_FITTED = {"weights": "weights and bias", "bias": "bias alone", "none": "nothing"}
+
+
+def _refit(entry: dict[str, Any]) -> dict[str, Any]:
+    pair = [numbers.finite(value) for value in numbers_of(entry.get("rounded"))]
+    kind = str(entry.get("kind"))
+    return {
+        "layer": entry.get("refitted"),
+        "fitted": _FITTED.get(kind, kind),
+        "damping": numbers.finite(entry.get("damping")),
+        "error": pair if len(pair) == 2 else [None, None],
+        "change": numbers.finite(entry.get("change")),
+        "gain": numbers.finite(entry.get("gain")),
+    }
 
 
 def _transforms(transforms: list[dict[str, Any]], names: Names) -> dict[str, Any]:
