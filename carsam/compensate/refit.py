@@ -67,7 +67,7 @@ class RefitReport:
             worse.
         damping: λ in force, relative; None but for weights.
         change: ‖W* − W‖ / ‖W‖.
-        error: ‖X W − X̂ W*‖² / ‖X W‖² before and after, weights not rounded.
+        error: ‖X W − X̂ W*‖² / ‖X W‖² before and after, weights not rounded, over :data:`CHANNELS` outputs at most.
         rounded: The same with weights rounded: to nearest before, as they are in the end after.
         gain: Mean factor that gave its outputs their spread back.
     """

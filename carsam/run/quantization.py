@@ -30,6 +30,7 @@ from carsam.quantizers import QuantizedLayer, SiteQuantizer, SoftmaxQuantizer, s
 from carsam.quantizers.ranges import Range
 from carsam.run.allocation import plan_for_budget
 from carsam.run.context import RunContext
+from carsam.run.memory import release_memory
 from carsam.run.store import fingerprint
 from carsam.run.walk import Walk, WalkReport, fit_weights, quantized_layers
 
@@ -153,6 +154,7 @@ def to_integers(
     with stages("choices" if method.chooses else "weight grids"), hooks.work("transform"):
         transforms = method.transform(reference, treated, data)
         choices = method.choose(reference, treated, data, plan, stages.advance)
+    release_memory()
     with stages("weight grids"):
         softmax = chosen_softmax(choices.softmax, method)
         if run.config.budget is not None:

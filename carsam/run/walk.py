@@ -36,6 +36,7 @@ from carsam.reconstruct.optimize import ReconstructionSettings, UnitData, UnitRe
 from carsam.reconstruct.tuning import TuningReport, tune
 from carsam.reconstruct.units import Unit, check_cover, run_unit
 from carsam.run.context import RunContext
+from carsam.run.memory import release_memory
 from carsam.run.progress import KEPT, PlannedUnit, StageProgress
 from carsam.run.store import fingerprint
 
@@ -228,6 +229,7 @@ class Walk:
         """Takes one unit to its integers, or finds them in the store; ``keep`` is given its outputs afterwards."""
         with self.context.hooks.work("unit"):
             self._settle(unit, data, keep)
+        release_memory()
 
     def _settle(self, unit: Unit, data: UnitData, keep: Callable[[tuple[Tensor, ...]], None] | None) -> None:
         number, steps = self.units.index(unit), self.method.steps_for(unit, self.sites)
