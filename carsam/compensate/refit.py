@@ -135,12 +135,12 @@ class _Moments:
 
     def __init__(self, weight: Tensor):
         self.fit, self.judge, self.outputs = LayerMoments(), LayerMoments(), OutputSums()
-        self._weight = weight
+        self.weight = weight
         self._alike: Tensor | None = None
 
     def update(self, index: int, rounded: Tensor, exact: Tensor, weights: Tensor | None) -> None:
         """Adds an item's rows (groups, rows, d); their weights are (1, rows, 1), None for all alike."""
-        outputs = exact @ self._weight
+        outputs = exact @ self.weight
         self.outputs.update(outputs)
         if weights is not None:
             gram = (rounded.transpose(-2, -1) @ rounded).double()
@@ -185,7 +185,7 @@ def _refit_layer(
     feedback: bool,
     weight_observer: str,
 ) -> tuple[RefitReport, Spread]:
-    ones, weight = layer.bias is not None, matrix(layer).double()
+    ones, weight = layer.bias is not None, gathered.weight.double()
     moments = gathered.all
     alike = gathered.alike(moments)
     wanted = gathered.outputs.spread(ones=ones)

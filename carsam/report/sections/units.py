@@ -118,20 +118,20 @@ def _depth_chart(units: list[dict[str, Any]]) -> Any:
     )
 
 
+def _pair(values: Any) -> list[float | None]:
+    """Two numbers, before and after; unknown where there are not two."""
+    found = [numbers.finite(value) for value in numbers_of(values)]
+    return found if len(found) == 2 else [None, None]
+
+
 def _compensation(entry: dict[str, Any]) -> dict[str, Any]:
-    pairs = {}
-    for key in ("scores", "output"):
-        pair = [numbers.finite(value) for value in numbers_of(entry.get(key))]
-        pairs[key] = pair if len(pair) == 2 else [None, None]
+    pairs = {key: _pair(entry.get(key)) for key in ("scores", "output")}
     branches = [f"{name} {numbers.number(value, 2)}" for name, value in mapping(entry.get("change")).items()]
     return {"attention": entry.get("attention"), **pairs, "change": ", ".join(branches)}
 
 
 def _condition(entry: dict[str, Any]) -> dict[str, Any]:
-    pairs = {}
-    for key in ("condition", "error"):
-        pair = [numbers.finite(value) for value in numbers_of(entry.get(key))]
-        pairs[key] = pair if len(pair) == 2 else [None, None]
+    pairs = {key: _pair(entry.get(key)) for key in ("condition", "error")}
     return {"layer": entry.get("layer"), **pairs, "change": numbers.finite(entry.get("change"))}
 
 
@@ -140,13 +140,12 @@ _FITTED = {"weights": "weights and bias", "bias": "bias alone", "none": "nothing
 
 
 def _refit(entry: dict[str, Any]) -> dict[str, Any]:
-    pair = [numbers.finite(value) for value in numbers_of(entry.get("rounded"))]
     kind = str(entry.get("kind"))
     return {
         "layer": entry.get("refitted"),
         "fitted": _FITTED.get(kind, kind),
         "damping": numbers.finite(entry.get("damping")),
-        "error": pair if len(pair) == 2 else [None, None],
+        "error": _pair(entry.get("rounded")),
         "change": numbers.finite(entry.get("change")),
         "gain": numbers.finite(entry.get("gain")),
     }
