@@ -21,7 +21,7 @@ from carsam.quantizers.sampling import odd_step_within
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 # Every fourth calibration item judges them.
 HELD_OUT = 4
-# Output channels of a layer that the choice is made by.
+# Output channels of a layer that its errors are told from, and the choice by them.
 CHANNELS = 512
 WEIGHTS, BIAS, NONE = "weights", "bias", "none"
 
@@ -219,7 +219,7 @@ def _refit_layer(
 
 
 def _some(weight: Tensor) -> slice:
-    """Outputs of a layer that its errors are told from: each costs as much as all inputs have products."""
+    """Outputs of a layer that its errors are told from: each costs a product for every pair of inputs."""
     return slice(None, None, odd_step_within(weight.shape[-1], CHANNELS))
 
 

@@ -235,8 +235,13 @@ def optimise(
     rate_from, scale_steps = first_scale_step, steps - first_scale_step
 
     try:
-        state = {"weights": True, "activations": joint, "drop": settings.drop, "drop_probs": settings.drop_probs}
-        state["mixed"] = settings.mixed_precision
+        state = {
+            "weights": True,
+            "activations": joint,
+            "drop": settings.drop,
+            "drop_probs": settings.drop_probs,
+            "mixed": settings.mixed_precision,
+        }
         with torch.random.fork_rng(), ExitStack() as simulation:
             simulation.enter_context(simulate(**state))
             torch.manual_seed(unit_seed(seed, unit.name))
