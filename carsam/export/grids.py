@@ -1,8 +1,9 @@
 """Activation grids in ONNX: codes that an integer product can read, or decoded values where no such codes exist.
 
 A grid runs in integers if x̂ is a sum of terms scale · (codes − zero_point) with 8-bit codes, plus a constant. The
-uniform grid is one term; the grouped grid one term a group of channels; the log-uniform grid two, one for each zone,
-where its log zone has at most eight codes (at 4 bits always): a power of two times 1, 2, 4, … 128.
+uniform grid is one term, the shifted grid one and a constant for each channel; the grouped grid one term a group of
+channels; the log-uniform grid two, one for each zone, where its log zone has at most eight codes (at 4 bits always): a
+power of two times 1, 2, 4, … 128.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from torch import nn
 
 from carsam.errors import ConfigError
 from carsam.export.graph import Stretch
-from carsam.quantizers import ActivationQuantizer, ChannelQuantizer, GroupedQuantizer, HybridQuantizer
+from carsam.quantizers import (
+    ActivationQuantizer,
+    ChannelQuantizer,
+    GroupedQuantizer,
+    HybridQuantizer,
+    ShiftedQuantizer,
+)
 from carsam.quantizers.affine import qmax
 
 # Codes of the log zone whose values fit a byte: 1, 2, 4, … 128.
@@ -41,10 +48,10 @@ class Term:
 
 @dataclass(frozen=True)
 class Terms:
-    """An activation in integers: the sum of its terms, and ``offset`` everywhere."""
+    """An activation in integers: the sum of its terms, and ``offset`` everywhere, or (channels,) of it."""
 
     terms: tuple[Term, ...]
-    offset: float = 0.0
+    offset: float | np.ndarray = 0.0
 
 
 def uniform_codes(
@@ -98,11 +105,27 @@ def integer_terms(graph: Stretch, x: str, quantizer: nn.Module) -> Terms | None:
     if isinstance(quantizer, ActivationQuantizer):
         scale, zero = float(quantizer.scale), int(quantizer.zero_point)
         return Terms((Term(uniform_codes(graph, x, scale, zero, bits)[0], scale, zero),))
+    if isinstance(quantizer, ShiftedQuantizer):
+        codes, scale, shift = _shifted_codes(graph, x, quantizer)
+        return Terms((Term(codes, scale, 0),), offset=shift)
     if isinstance(quantizer, GroupedQuantizer):
         return _grouped_terms(graph, x, quantizer)
     if isinstance(quantizer, HybridQuantizer) and quantizer.zones()[0] <= LOG_CODES:
         return _hybrid_terms(graph, x, quantizer)
     return None
+
+
+def _shifted_codes(graph: Stretch, x: str, quantizer: ShiftedQuantizer) -> tuple[str, float, np.ndarray]:
+    """Codes of x − μ, the step, and μ (channels,)."""
+    scale, shift = float(quantizer.scale), quantizer.shift.numpy()
+    moved = graph.node("Sub", x, _along(graph, quantizer))
+    return uniform_codes(graph, moved, scale, 0, quantizer.bits)[0], scale, shift
+
+
+def _along(graph: Stretch, quantizer: ShiftedQuantizer) -> str:
+    """The shift as it broadcasts against the site's values."""
+    shape = (1, -1, 1, 1) if quantizer.maps else (-1,)
+    return graph.constant("shift", quantizer.shift.numpy().reshape(shape), np.float32)
 
 
 def _grouped_terms(graph: Stretch, x: str, quantizer: GroupedQuantizer) -> Terms:
@@ -164,6 +187,11 @@ def decoded(graph: Stretch, x: str, quantizer: nn.Module) -> str:
         return x
     if isinstance(quantizer, ChannelQuantizer):
         return _channels_decoded(graph, x, quantizer)
+    if isinstance(quantizer, ShiftedQuantizer):
+        codes, scale, _ = _shifted_codes(graph, x, quantizer)
+        zero = graph.constant("zero_point", 0, np.uint8)
+        steps = graph.node("DequantizeLinear", codes, graph.constant("scale", scale, np.float32), zero)
+        return graph.node("Add", steps, _along(graph, quantizer))
     if isinstance(quantizer, (ActivationQuantizer, GroupedQuantizer)):
         axis = None
         scale, zero = quantizer.scale.numpy(), quantizer.zero_point.numpy()

@@ -81,7 +81,8 @@ def _not_integer(layer: nn.Module) -> str:
     if layer.conv["groups"] > 1:
         return "ONNX Runtime has no integer kernel for grouped convolutions with a floating-point output"
     grid = layer.input_quantizer.grid
-    if grid != "uniform":
+    # A shifted grid stands before convolutions of single points alone, which pad nothing.
+    if grid not in ("uniform", "shifted"):
         return f"a convolution's padding must be a code, which the grid {grid!r} does not promise"
     return ""
 
@@ -105,8 +106,8 @@ def _lower_integer(
         codes.reshape(len(codes), -1).T if layer.conv is None else codes.transpose(2, 3, 1, 0).reshape(-1, len(codes))
     )
     bias = _bias(layer)
-    if terms.offset:
-        sums = (matrix.astype(np.float64) - zero).sum(0) * scale * terms.offset
+    if np.any(terms.offset):
+        sums = (np.broadcast_to(terms.offset, len(matrix)) @ (matrix.astype(np.float64) - zero)) * scale
         bias = (sums if bias is None else sums + bias).astype(np.float32)
 
     convolution = layer.conv is not None

@@ -23,6 +23,7 @@ from carsam.models.sites import DEPTHWISE, ResidualStream, Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ChannelQuantizer, SiteQuantizer, SoftmaxQuantizer, UniformSoftmax, softmax_grids
 from carsam.quantizers.ranges import OBSERVERS, Range
+from carsam.quantizers.shifted import Shift, ShiftedQuantizer
 from carsam.reconstruct.optimize import ReconstructionSettings, UnitData
 from carsam.reconstruct.tuning import TuningSettings
 from carsam.reconstruct.units import Unit, run_unit
@@ -53,6 +54,8 @@ class EquivalenceSettings:
         shift: Try to move those channels to the middle of their range as well.
         observers: Range searches to try beside the usual one: for Q, K and V by the error of the attention's output,
             for a layer's input by that of the layer's.
+        shifts: Try a grid with a shift for every channel at the inputs of layers: with one step for all it begins
+            elsewhere in each (:mod:`carsam.quantizers.shifted`).
         rotation: Rotate the residual stream of the image encoder.
         images: Calibration images that choices are made on; every third of them judges.
         map_steps: Steps in which maps of heads are learned at every attention, with the ranges of Q, K, V and of the
@@ -67,6 +70,7 @@ class EquivalenceSettings:
     smoothing: tuple[float, ...] = (0.35, 0.5, 0.65, 0.8)
     shift: bool = True
     observers: tuple[str, ...] = ("percentile", "min-max")
+    shifts: bool = True
     rotation: bool = False
     images: int = 9
     map_steps: int = 400
@@ -154,6 +158,8 @@ class CarSamPlus(CarSam):
             notes.append(f"P in {' or '.join(noted if every else ('uniform codes', *noted))}")
         if self.depthwise == PER_CHANNEL:
             notes.append("inputs of depthwise convolutions, if any, per channel")
+        if self.equivalences.shifts:
+            notes.append(f"inputs of layers {ShiftedQuantizer.note}")
         return "; ".join(notes)
 
     def quantizer_for(self, site: str, bits: int, role: str) -> SiteQuantizer:
@@ -233,7 +239,7 @@ class CarSamPlus(CarSam):
             counted=counted,
         )
         reports += choices.reports
-        ranges: dict[str, str | Range] = dict(choices.ranges)
+        ranges: dict[str, str | Range | Shift] = dict(choices.ranges)
         if settings.map_steps:
             learned, noted = learn_maps(
                 model,
@@ -249,17 +255,19 @@ class CarSamPlus(CarSam):
             )
             ranges |= learned
             reports += noted
-        if settings.observers:
+        if settings.observers or settings.shifts:
             usual = self.activation_observer
             observers = (usual, *(each for each in settings.observers if each != usual))
             # A channel of its own needs no choice: its range serves one filter.
-            alone = {site.name for site in sites.layers if self._per_channel(site.role) or site.input in ranges}
+            alone = {site.name for site in sites.layers if self._per_channel(site.role)}
             found, noted = choose_ranges(
                 model,
                 sites,
                 data,
                 plan,
                 observers=observers,
+                shifts=settings.shifts,
+                known=ranges,
                 leave=alone,
                 images=settings.images,
                 weights=weights,
@@ -279,7 +287,7 @@ class CarSamPlus(CarSam):
         parts += len(sites.readers) if settings.smoothing or settings.shift else 0
         parts += min(images, max(settings.images, settings.map_images if settings.map_steps else 0))
         parts += len(sites.attentions) * (2 if settings.map_steps else 1)
-        return parts + (min(images, settings.images) if settings.observers else 0)
+        return parts + (min(images, settings.images) if settings.observers or settings.shifts else 0)
 
     def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
         return self.softmax_of(self.grids[0], bits)

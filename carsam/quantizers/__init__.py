@@ -9,6 +9,7 @@ from carsam.quantizers.grouped import GroupedQuantizer
 from carsam.quantizers.hybrid import HybridQuantizer
 from carsam.quantizers.layers import QuantizedLayer
 from carsam.quantizers.registry import activation_grids, softmax_grids
+from carsam.quantizers.shifted import ShiftedQuantizer
 from carsam.quantizers.simulation import Simulation, current, simulate
 from carsam.quantizers.site import SiteQuantizer
 from carsam.quantizers.softmax import SoftmaxQuantizer
@@ -27,6 +28,7 @@ __all__ = [
     "Log2Softmax",
     "QuantizedLayer",
     "RowMaximumSoftmax",
+    "ShiftedQuantizer",
     "Simulation",
     "SiteQuantizer",
     "SoftmaxQuantizer",

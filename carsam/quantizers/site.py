@@ -124,6 +124,10 @@ class SiteQuantizer(Grid):
         # Inside, clipped and not quantized: in all three cases g · d x̂/ds = (g · x̂ − passed · x)/s.
         return (_products(grad, out, scale) - _products(passed, x, scale)) / scale
 
+    def origin(self) -> Tensor | float:
+        """The value that stays where it is when the scale changes; it broadcasts against the site's values."""
+        return 0.0
+
     def encode(self, x: Tensor) -> Tensor:
         """Codes of ``x``, integers in ``[0, 2^bits)`` (uint8, the shape of ``x``)."""
         raise NotImplementedError

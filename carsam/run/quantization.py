@@ -28,6 +28,7 @@ from carsam.pack.layers import PackedLayer
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import QuantizedLayer, SiteQuantizer, SoftmaxQuantizer, softmax_grids
 from carsam.quantizers.ranges import Range
+from carsam.quantizers.shifted import Shift, ShiftedQuantizer
 from carsam.run.allocation import plan_for_budget
 from carsam.run.context import RunContext
 from carsam.run.memory import release_memory
@@ -122,12 +123,16 @@ def chosen_softmax(chosen: Mapping[str, str], method: Method) -> MakeSoftmax:
     return softmax
 
 
-def chosen_ranges(chosen: Mapping[str, str | Range], method: Method) -> MakeQuantizer:
-    """Makes the method's quantizer of an activation site, with the observer that was chosen for it."""
+def chosen_ranges(chosen: Mapping[str, str | Range | Shift], method: Method) -> MakeQuantizer:
+    """Makes the quantizer of an activation site: shifted where that was chosen, else the method's, with the observer
+    that was chosen for it."""
 
     def quantizer(site: str, bits: int, role: str) -> SiteQuantizer:
+        found = chosen.get(site)
+        if isinstance(found, Shift):
+            return ShiftedQuantizer(bits, maps=found.maps)
         made = method.quantizer_for(site, bits, role)
-        made.observer = chosen.get(site)
+        made.observer = found
         return made
 
     return quantizer

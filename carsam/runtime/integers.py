@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carsam.quantizers.affine import qmax
+from carsam.quantizers.shifted import ShiftedQuantizer
 from carsam.quantizers.uniform import ActivationQuantizer
 
 # Codes of so many bits need no correction: code minus zero point fits into a signed byte.
@@ -31,11 +32,17 @@ def is_uniform(quantizer: nn.Module) -> bool:
     return isinstance(quantizer, ActivationQuantizer) and quantizer.grid == ActivationQuantizer.grid
 
 
+def is_shifted(quantizer: nn.Module) -> bool:
+    """Whether a quantizer has one step for the whole tensor, on values shifted per channel."""
+    return isinstance(quantizer, ShiftedQuantizer) and quantizer.grid == ShiftedQuantizer.grid
+
+
 @dataclass(frozen=True)
 class InputGrid:
     """The grid of a layer's input, as kernels take it.
 
-    A value x becomes the byte ``clip(round(x / scale), low, high) + shift``.
+    A value x becomes the byte ``clip(round(x / scale), low, high) + shift``. Of a grid that is shifted per channel, x
+    is what is left when the channel's shift is subtracted.
 
     Attributes:
         values: (4,) float32: scale, low, high, shift.
@@ -46,9 +53,9 @@ class InputGrid:
     zero_point: int
 
     @classmethod
-    def of(cls, quantizer: ActivationQuantizer) -> InputGrid:
+    def of(cls, quantizer: ActivationQuantizer | ShiftedQuantizer) -> InputGrid:
         """The grid of a calibrated quantizer of at most 8 bits."""
-        zero = int(quantizer.zero_point)
+        zero = 0 if is_shifted(quantizer) else int(quantizer.zero_point)
         shift = zero - 128 if quantizer.bits > EXACT_BITS else 0
         values = [float(quantizer.scale), float(-zero), float(qmax(quantizer.bits) - zero), float(shift)]
         return cls(torch.tensor(values, dtype=torch.float32, device=quantizer.scale.device), shift)

@@ -17,6 +17,7 @@ from carsam.runtime.integers import (
     InputGrid,
     fold,
     gelu_codes_reference,
+    is_shifted,
     is_uniform,
     linear_reference,
     to_codes,
@@ -97,14 +98,15 @@ class IntegerLinear(nn.Module):
 
     Buffers: ``weight`` (out, in) int8, or (out, in / 2) uint8; ``scale``, ``offset``, ``zero`` as
     :class:`FoldedWeight`; ``weight_zero`` (out, 1) int8 where weights are packed; ``grid`` as ``InputGrid.values``;
-    ``bias`` (out,) float32 or None.
+    ``shift`` (in,) float32, what is subtracted from the input, or None; ``bias`` (out,) float32 or None.
 
     Args:
         weight: Folded.
-        bias: (out,) or None.
+        bias: (out,) or None; what the shift makes of the output is part of it.
         grid: Of the input.
         packed: Keep 4-bit codes; weights must then be ``codes − weight_zero`` with codes of at most 4 bits.
         weight_zero: (out,) zero points, for ``packed``.
+        shift: (in,) shift of a shifted grid.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class IntegerLinear(nn.Module):
         *,
         packed: bool = False,
         weight_zero: Tensor | None = None,
+        shift: Tensor | None = None,
     ):
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
@@ -131,11 +134,12 @@ class IntegerLinear(nn.Module):
         self.register_buffer("offset", weight.offset)
         self.register_buffer("zero", weight.zero)
         self.register_buffer("grid", grid.values)
+        self.register_buffer("shift", None if shift is None else shift.detach().float().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
 
     def _apply(self, fn, recurse=True):
         """Moves to another device; the grids stay float32 whatever the model's type becomes (``.bfloat16()``)."""
-        kept = {name: getattr(self, name) for name in ("scale", "grid", "bias")}
+        kept = {name: getattr(self, name) for name in ("scale", "grid", "shift", "bias")}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             if buffer is not None:
@@ -159,7 +163,13 @@ class IntegerLinear(nn.Module):
         grid = InputGrid.of(layer.input_quantizer)
         folded = fold(codes, layer.weight_scale, layer.weight_zero_point, layer.weight_bits, grid)
         packed = packed and layer.weight_bits <= 4 and codes.shape[1] % 2 == 0
-        return cls(folded, layer.bias, grid, packed=packed, weight_zero=layer.weight_zero_point)
+        bias, shift = layer.bias, None
+        if is_shifted(layer.input_quantizer):
+            shift = layer.input_quantizer.shift
+            zeros = layer.weight_zero_point.float()[:, None]
+            moved = (codes.float() - zeros).double() @ shift.double() * layer.weight_scale.double()
+            bias = moved.float() if bias is None else (bias.double() + moved).float()
+        return cls(folded, bias, grid, packed=packed, weight_zero=layer.weight_zero_point, shift=shift)
 
     @property
     def needs_sums(self) -> bool:
@@ -181,13 +191,20 @@ class IntegerLinear(nn.Module):
         out = torch.ops.carsam.int8_linear(rows, weight, self.scale, self.offset, self.bias, self.zero, sums, dtype)
         return out.view(*codes.shape[:-1], self.out_features)
 
+    def to_codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The bytes of an input (..., in), and sums where they are needed."""
+        return to_codes(x if self.shift is None else x.float() - self.shift, self.grid, self.needs_sums)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out), in the type of ``x``."""
-        return self.from_codes(*to_codes(x, self.grid, self.needs_sums), x.dtype)
+        return self.from_codes(*self.to_codes(x), x.dtype)
 
     def gelu_codes(self, x: Tensor, following: IntegerLinear) -> tuple[Tensor, Tensor]:
-        """(..., in) → what ``following`` reads of GELU of the output: (rows, out) int8, and sums (rows,) or empty."""
-        codes, sums = to_codes(x, self.grid, self.needs_sums)
+        """(..., in) → what ``following`` reads of GELU of the output: (rows, out) int8, and sums (rows,) or empty.
+
+        The input of ``following`` must not be shifted.
+        """
+        codes, sums = self.to_codes(x)
         rows = codes.reshape(-1, self.in_features)
         return torch.ops.carsam.int8_linear_gelu_codes(
             rows,
@@ -216,7 +233,7 @@ def why_not(layer: nn.Module) -> str:
     if isinstance(layer, QuantizedLayer) and layer.codes is None:
         return "its weights are not integers yet"
     quantizer = layer.input_quantizer
-    if not is_uniform(quantizer):
+    if not (is_uniform(quantizer) or is_shifted(quantizer)):
         return f"its input is on the grid {quantizer.grid}, which is not one step for the whole tensor"
     if quantizer.bits > 8:
         return "its input is in floating point"

@@ -26,6 +26,7 @@ from carsam.models.prepare import attach_attention
 from carsam.models.sites import OPERANDS, AttentionSite, Sites
 from carsam.quantizers import ActivationQuantizer, SoftmaxQuantizer, simulate
 from carsam.quantizers.ranges import Range
+from carsam.quantizers.shifted import Shift
 from carsam.transform import attention_equivalences as equivalences
 from carsam.transform.calls import Calls, call, island, weighed
 from carsam.transform.maps import query_key_map, value_output_map
@@ -118,13 +119,13 @@ class Choices:
 
     Attributes:
         softmax: Grid of the softmax output by attention.
-        ranges: Observer by activation site where it is not the usual one, or the range itself.
+        ranges: Observer by activation site where it is not the usual one, the range itself, or that it is shifted.
         reports: One mapping an attention, and one for every folding that was refused.
         sensitivity: What the masks make of errors, where it was asked.
     """
 
     softmax: dict[str, str] = field(default_factory=dict)
-    ranges: dict[str, str | Range] = field(default_factory=dict)
+    ranges: dict[str, str | Range | Shift] = field(default_factory=dict)
     reports: list[dict[str, Any]] = field(default_factory=list)
     sensitivity: MaskSensitivity | None = None
 

@@ -14,6 +14,7 @@ from carsam.quantizers import (
     HybridQuantizer,
     Log2Softmax,
     RowMaximumSoftmax,
+    ShiftedQuantizer,
     UniformSoftmax,
 )
 
@@ -85,6 +86,12 @@ def log2():
     return quantizer
 
 
+def shifted():
+    quantizer = ShiftedQuantizer(4, always=True)
+    quantizer.set_grid(torch.tensor(0.5), torch.tensor([-1.0, 0.0, 2.0]))
+    return quantizer
+
+
 def grouped():
     quantizer = GroupedQuantizer(4, always=True, groups=2, channels=3)
     quantizer.set_grid(torch.ones(2), torch.zeros(2), torch.tensor([0, 1, 1]))
@@ -99,6 +106,7 @@ def grouped():
         (hybrid(), (-0.5, 1.0 + 7 * 0.5)),
         (log2(), (0.0, 0.8)),
         (grouped(), (None, None)),
+        (shifted(), (None, None)),
         (RowMaximumSoftmax(4, always=True), (None, None)),
     ],
 )

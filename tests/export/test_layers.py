@@ -7,11 +7,19 @@ from torch import nn
 
 from carsam.errors import ConfigError
 from carsam.export.graph import Stretch
+from carsam.export.grids import decoded
 from carsam.export.layers import lower_layer
 from carsam.export.weights import unpacked
 from carsam.pack.bits import pack_codes
 from carsam.pack.layers import PackedLayer
-from carsam.quantizers import ActivationQuantizer, ChannelQuantizer, GroupedQuantizer, HybridQuantizer, SiteQuantizer
+from carsam.quantizers import (
+    ActivationQuantizer,
+    ChannelQuantizer,
+    GroupedQuantizer,
+    HybridQuantizer,
+    ShiftedQuantizer,
+    SiteQuantizer,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -26,6 +34,12 @@ def grouped(bits, channels):
     quantizer = GroupedQuantizer(bits, always=True, channels=channels)
     group = torch.randint(4, (channels,), generator=GENERATOR)
     quantizer.set_grid(torch.tensor([0.25, 0.5, 0.125, 1.0]), torch.tensor([3, 0, 2, 1]), group)
+    return quantizer
+
+
+def shifted(bits, channels, maps=0):
+    quantizer = ShiftedQuantizer(bits, always=True, channels=channels, maps=maps)
+    quantizer.set_grid(torch.tensor(0.25), torch.randint(-40, 40, (channels,), generator=GENERATOR) / 8)
     return quantizer
 
 
@@ -129,6 +143,30 @@ def test_a_depthwise_convolution_reads_a_step_for_each_channel(run_stretch):
     layer = packed(nn.Conv2d(6, 6, 3, padding=1, groups=6), 4, grid)
     result, expected, _ = lowered(layer, torch.randn(1, 6, 9, 8, generator=GENERATOR), run_stretch)
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_shift_for_each_channel_leaves_one_product_and_the_bias(bits, bias, run_stretch):
+    layer = packed(nn.Linear(24, 10, bias=bias), bits, shifted(bits, 24))
+    result, expected, facts = lowered(layer, torch.randn(2, 7, 24, generator=GENERATOR) * 4, run_stretch)
+    assert facts.integer_macs == facts.macs
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"stride": 2}], ids=str)
+def test_a_convolution_of_single_points_reads_a_shifted_grid(settings, run_stretch):
+    layer = packed(nn.Conv2d(6, 5, 1, **settings), 4, shifted(4, 6, maps=1))
+    result, expected, facts = lowered(layer, torch.randn(2, 6, 9, 8, generator=GENERATOR) * 2, run_stretch)
+    assert facts.integer_macs == facts.macs
+    assert torch.equal(result, expected)
+
+
+def test_a_shifted_grid_has_a_decoded_form(run_stretch):
+    graph, grid, x = Stretch("site"), shifted(4, 6), torch.randn(5, 6, generator=GENERATOR) * 2
+    name = decoded(graph, "x", grid)
+    (result,) = run_stretch(graph, {"x": x.numpy()}, [name])
+    assert torch.equal(torch.from_numpy(result), grid(x))
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

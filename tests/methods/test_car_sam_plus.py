@@ -149,7 +149,7 @@ def test_choices_and_tuning_tell_how_far_they_are():
     assert Progress.units[-1] == (count - 1, count, "whole model", 2, 2)
 
 
-APART = "inputs of depthwise convolutions, if any, per channel"
+APART = "inputs of depthwise convolutions, if any, per channel; inputs of layers shifted per channel"
 
 
 def test_a_grid_of_p_that_is_asked_for_is_not_chosen():
@@ -157,7 +157,10 @@ def test_a_grid_of_p_that_is_asked_for_is_not_chosen():
     asked = create("car-sam-plus", {"softmax": "log2"})
     assert asked.grids == ("log2",) and asked.notes == f"P in log2 codes; {APART}"
     assert asked.softmax_for("a.probs", 4).grid == "log2"
-    assert create("car-sam-plus", {"depthwise": "tensor", "equivalences": {"softmax": ["uniform"]}}).notes == ""
+    assert (
+        create("car-sam-plus", {"depthwise": "tensor", "equivalences": {"softmax": ["uniform"], "shifts": False}}).notes
+        == ""
+    )
 
 
 def test_inputs_of_depthwise_convolutions_alone_have_a_step_for_each_channel(tmp_path):
@@ -175,6 +178,38 @@ def test_inputs_of_depthwise_convolutions_alone_have_a_step_for_each_channel(tmp
             assert layers[site.name]["input"]["grid"] == (grid if alone else "uniform")
     with pytest.raises(ConfigError, match="unknown depthwise 'both'; choose from channel, tensor"):
         create("car-sam-plus", {"depthwise": "both"})
+
+
+def test_inputs_are_shifted_where_that_serves_a_layer_and_never_before_padding(tmp_path):
+    """A file keeps them as they are; without the setting no input is shifted."""
+    model, data = subject("tinyvit")
+    few = {"foldings": [], "smoothing": [], "shift": False, "observers": [], "images": 3, "map_steps": 0}
+    settings = {**QUICK, "learn": False, "refit": {"enabled": False}, "equivalences": few}
+
+    def layers(**changes):
+        config = QuantizeConfig("car-sam-plus", {**settings, "equivalences": {**few, **changes}})
+        result = carsam.quantize(model, data, config)
+        return result, result.model.config.quantization_config.layout["layers"]
+
+    result, layout = layers()
+    shifted = {path for path, layer in layout.items() if layer["input"]["grid"] == "shifted"}
+    reported = {r["site"] for r in result.report.transforms if r["transform"] == "range" and r["observer"] == "shifted"}
+    assert {f"{path}.input" for path in shifted} == reported
+    # Without a norm in front, channels of a map lie where they lie: some of every kind are shifted.
+    kinds = {type(model.get_submodule(path)).__name__ for path in shifted}
+    assert kinds == {"Conv2d", "Linear"} and shifted != set(layout)
+    for path in shifted:
+        layer = model.get_submodule(path)
+        assert isinstance(layer, torch.nn.Linear) or (layer.kernel_size == (1, 1) and layer.groups == 1)
+    result.model.save_pretrained(tmp_path / "packed")
+    loaded = carsam.load(tmp_path / "packed")
+    for path in shifted:
+        ours, theirs = (each.get_submodule(path).input_quantizer for each in (result.model, loaded))
+        assert theirs.shift.shape == (model.get_submodule(path).weight.shape[1],)
+        assert torch.equal(ours.shift, theirs.shift) and torch.equal(ours.scale, theirs.scale)
+    assert bool(torch.isfinite(logits(loaded, data)).all())
+    _, without = layers(shifts=False)
+    assert all(layer["input"]["grid"] != "shifted" for layer in without.values())
 
 
 def test_presets_are_settings_of_the_method_and_other_flags_win():

@@ -223,8 +223,9 @@ def test_scale_gradient_is_that_of_lsq(quantizer, x):
     inside = ~quantizer.clipped(x)
     assert bool(inside.any())
     torch.testing.assert_close(x.grad, grad * inside)
-    # d x̂ / d log s: x̂ − x inside the grid, x̂ where clipped.
-    expected = (grad * (out - x * inside)).sum()
+    # d x̂ / d log s: x̂ − x inside the grid, x̂ where clipped, as seen from what the scale does not move.
+    origin = quantizer.origin()
+    expected = (grad * (out - origin - (x - origin) * inside)).sum()
     torch.testing.assert_close(factor.grad, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -15,6 +15,7 @@ from carsam.models.sam.random import random_sam
 from carsam.pack.layers import PackedLayer
 from carsam.quantizers import ActivationQuantizer, QuantizedLayer, UniformSoftmax, simulate
 from carsam.quantizers.grouped import GroupedQuantizer
+from carsam.quantizers.shifted import ShiftedQuantizer
 from carsam.runtime.attention import QuantizedRelativeAttention
 from carsam.runtime.convert import integer_linears
 from carsam.runtime.linear import IntegerLinear, why_not
@@ -146,6 +147,23 @@ def test_what_cannot_run_says_why():
     assert why_not(floating) == "its weights are in floating point"
     with pytest.raises(ConfigError, match="floating point"):
         IntegerLinear.of(floating)
+
+
+@pytest.mark.parametrize("layer", ["mlp.lin1", "mlp.lin2", "attn.qkv"])
+def test_a_shift_for_each_channel_is_subtracted_before_and_part_of_the_bias(layer):
+    """In front of a second MLP layer there is no kernel that gives its bytes: the two stay apart."""
+    model, image = frozen("w4a4", **{f"vision_encoder.layers.0.{layer}".replace(".", "__"): ShiftedQuantizer(4)})
+    with torch.no_grad(), simulate(weights=True, activations=True):
+        module = copy.deepcopy(model.get_submodule(f"vision_encoder.layers.0.{layer}"))
+        x = torch.randn(5, module.weight.shape[1], generator=torch.Generator().manual_seed(1))
+        # Sums in another order: far less than a step of the output's spread.
+        torch.testing.assert_close(IntegerLinear.of(module)(x), module(x), rtol=1e-4, atol=1e-4)
+        expected = family_of(model).encode_image(model, image)
+        done = integer_linears(model)
+        got = family_of(model).encode_image(model, image)
+    assert done.modules["IntegerMlp"] == (1 if layer == "mlp.lin2" else 2)
+    assert done.simulated == {"it is a convolution": 2}
+    assert (got - expected).norm() / expected.norm() < 0.1
 
 
 def test_the_attention_module_is_found_again():

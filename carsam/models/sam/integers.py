@@ -19,7 +19,9 @@ def integer_module(module: nn.Module) -> nn.Module | None:
     if isinstance(module, SamMLPBlock) and isinstance(module.act, (GELUActivation, nn.GELU)):
         layers = module.lin1, module.lin2
         exact = getattr(module.act, "approximate", "none") == "none"
-        return IntegerMlp(*layers) if exact and all(isinstance(each, IntegerLinear) for each in layers) else None
+        # The first product's kernel ends with the bytes of a grid that is the same for all channels.
+        whole = exact and all(isinstance(each, IntegerLinear) for each in layers) and layers[1].shift is None
+        return IntegerMlp(*layers) if whole else None
     return None
 
 
