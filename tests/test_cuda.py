@@ -36,7 +36,10 @@ def test_every_method_and_its_grids_run_on_the_gpu(name, nano, small_set):
         for quantizer in model.modules():
             if isinstance(quantizer, SiteQuantizer) and quantizer.bits < 16:
                 # A channel each: what is asked for is where it is computed.
-                x = torch.rand(3, getattr(quantizer, "group", torch.zeros(5)).numel(), device=device)
+                channels = next(
+                    (getattr(quantizer, name) for name in ("group", "shift") if hasattr(quantizer, name)), None
+                )
+                x = torch.rand(3, 5 if channels is None else channels.numel(), device=device)
                 codes = quantizer.encode(x)
                 assert codes.device == x.device
                 rounded = quantizer.round(x, quantizer.step_along(x))
