@@ -81,8 +81,8 @@ def _not_integer(layer: nn.Module) -> str:
     if layer.conv["groups"] > 1:
         return "ONNX Runtime has no integer kernel for grouped convolutions with a floating-point output"
     grid = layer.input_quantizer.grid
-    # A shifted grid stands before convolutions of single points alone, which pad nothing.
-    if grid not in ("uniform", "shifted"):
+    single = all(size == 1 for size in layer.shape[2:]) and not any(layer.conv["padding"])
+    if grid != "uniform" and not (grid == "shifted" and single):
         return f"a convolution's padding must be a code, which the grid {grid!r} does not promise"
     return ""
 

@@ -96,6 +96,15 @@ def _check_grid(name: str, spec: Any, grids: Mapping[str, type[Grid]]) -> None:
             raise _wrong(name, f"the grid {grid} has no {str(key)[:60]} of {str(value)[:60]}")
 
 
+def _check_channels(name: str, spec: Mapping[str, Any], layer: nn.Module) -> None:
+    """Refuses a grid with other channels than its layer reads, or with channels in another dimension."""
+    channels, maps = layer.weight.shape[1] * getattr(layer, "groups", 1), int(layer.weight.dim() > 2)
+    if spec.get("channels", channels) != channels:
+        raise _wrong(name, f"the layer reads {channels} channels, not {spec['channels']}")
+    if spec.get("maps", maps) != maps:
+        raise _wrong(name, f"maps is {maps} at a layer of this kind, not {spec['maps']}")
+
+
 def _check_bits(name: str, bits: Any) -> None:
     if type(bits) is not int or bits not in SUPPORTED_BITS:
         raise _wrong(name, f"bits are one of {', '.join(map(str, SUPPORTED_BITS))}, not {str(bits)[:60]}")
@@ -131,6 +140,7 @@ def build_packed(model: PreTrainedModel, layout: dict[str, Any]) -> None:
     of_activations, of_softmax = activation_grids(), softmax_grids()
     for name, spec in layout["layers"].items():
         layer = model.get_submodule(name)
+        _check_channels(f"{name}.input", spec["input"], layer)
         quantizer = _build(spec["input"], of_activations)
         if spec["weight"] >= 16:
             packed = QuantizedLayer(layer, spec["weight"], quantizer)

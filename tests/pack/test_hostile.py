@@ -161,6 +161,22 @@ def test_a_config_that_lies(path, value, load, folder):
         assert not isinstance(caught.value, MemoryError) and time.perf_counter() - started < 3
 
 
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize(("channels", "maps"), [(5, 0), (192, 1)])
+def test_a_grid_that_is_not_of_its_layer_though_file_and_config_agree(channels, maps, load, folder):
+    config = json.loads((folder / "config.json").read_text())
+    change(config, (*QKV, "input"), {"grid": "shifted", "bits": 4, "channels": channels, "maps": maps})
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    site = "vision_encoder.layers.0.attn.qkv.input_quantizer"
+    del tensors[f"{site}.zero_point"]
+    save_file(
+        tensors | {f"{site}.shift": torch.zeros(channels)}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    seal(folder)
+    refused(load, folder, "the layer reads 192 channels, not 5" if channels == 5 else "maps is 0 at a layer")
+
+
 TEXTS = {
     "nested": "[" * 100_000,
     "nested mapping": '{"a":' * 100_000,
