@@ -1,11 +1,11 @@
-"""Output errors of single layers with the grids of AHCPTQ on their inputs, beside one uniform grid per tensor.
+"""Output errors of single layers with AHCPTQ's grids and CAR-SAM+'s shifted one on their inputs, beside a uniform grid.
 
     python benchmarks/layer_grids.py embedded/sam-nano-256 --images IMAGES --coco INSTANCES.json
 
 Grids are fitted on the first half of the calibration images; errors are those of the layer's output on the other half,
 ‖(X̂ − X) Wᵀ‖² over the variance of X Wᵀ, weights and all else in floating point: the median over the layers of a part,
 and the mean of each layer's share of what a uniform grid costs it. HLUQ is on the second layers of MLPs, CAG (grouped
-once, before learning) on their first layers and on projections.
+once, before learning) on their first layers and on projections, a shift for every channel on all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 import carsam
 from carsam.models.family import find_sites
 from carsam.models.sites import MLP_IN, MLP_OUT, PROJECTION
-from carsam.quantizers import ActivationQuantizer, GroupedQuantizer, HybridQuantizer, SiteQuantizer
+from carsam.quantizers import ActivationQuantizer, GroupedQuantizer, HybridQuantizer, ShiftedQuantizer, SiteQuantizer
 
 # Every so manieth row of a pass: neighbours in an image are alike.
 STRIDE = 7
@@ -29,9 +29,10 @@ GROUPED: dict[str, Callable[[int], SiteQuantizer]] = {
     "uniform": ActivationQuantizer,
     "CAG by grids": lambda bits: GroupedQuantizer(bits, by="grids"),
     "CAG by ranges": lambda bits: GroupedQuantizer(bits, by="ranges"),
+    "shifted": ShiftedQuantizer,
 }
 GRIDS: dict[str, dict[str, Callable[[int], SiteQuantizer]]] = {
-    MLP_OUT: {"uniform": ActivationQuantizer, "HLUQ": HybridQuantizer},
+    MLP_OUT: {"uniform": ActivationQuantizer, "HLUQ": HybridQuantizer, "shifted": ShiftedQuantizer},
     MLP_IN: GROUPED,
     PROJECTION: GROUPED,
 }
