@@ -29,8 +29,8 @@ from carsam.transform.statistics import run_hooked
 
 # Rows of an image that judge.
 ROWS = 192
-# What reports call a grid that is shifted per channel.
-SHIFTED = ShiftedQuantizer.grid
+# What reports call a grid that is shifted per channel, and from how many bits on none is: there is nothing to win.
+SHIFTED, ENOUGH_BITS = ShiftedQuantizer.grid, 8
 
 
 @dataclass
@@ -86,7 +86,7 @@ def choose_ranges(
         data: Calibration images; the first of them are used, every third judges.
         plan: Bits of the layers' inputs.
         observers: To choose from; the first is the usual one.
-        shifts: Try a shift for every channel as well, at layers of single points.
+        shifts: Try a shift for every channel as well, at layers of single points with fewer than 8 bits.
         known: Ranges by activation site that were chosen already, with what they feed: only a shift may replace them.
         leave: Layers to leave alone: their inputs have no single range.
         images: Calibration images to use.
@@ -101,7 +101,10 @@ def choose_ranges(
         for site in sites.layers
         if site.name not in leave and plan.activation_bits(site.input) < 16
     }
-    possible = {name: shift_of(model.get_submodule(name)) if shifts else None for name in layers}
+    possible = {
+        name: shift_of(model.get_submodule(name)) if shifts and plan.activation_bits(site) < ENOUGH_BITS else None
+        for name, site in layers.items()
+    }
     seen = {
         name: _Seen(channels=None if shift is None else ShiftedRecord(shift.maps)) for name, shift in possible.items()
     }

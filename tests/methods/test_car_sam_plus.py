@@ -186,8 +186,8 @@ def test_inputs_are_shifted_where_that_serves_a_layer_and_never_before_padding(t
     few = {"foldings": [], "smoothing": [], "shift": False, "observers": [], "images": 3, "map_steps": 0}
     settings = {**QUICK, "learn": False, "refit": {"enabled": False}, "equivalences": few}
 
-    def layers(**changes):
-        config = QuantizeConfig("car-sam-plus", {**settings, "equivalences": {**few, **changes}})
+    def layers(bits="w4a4", **changes):
+        config = QuantizeConfig("car-sam-plus", {**settings, "equivalences": {**few, **changes}}, bits)
         result = carsam.quantize(model, data, config)
         return result, result.model.config.quantization_config.layout["layers"]
 
@@ -208,8 +208,8 @@ def test_inputs_are_shifted_where_that_serves_a_layer_and_never_before_padding(t
         assert theirs.shift.shape == (model.get_submodule(path).weight.shape[1],)
         assert torch.equal(ours.shift, theirs.shift) and torch.equal(ours.scale, theirs.scale)
     assert bool(torch.isfinite(logits(loaded, data)).all())
-    _, without = layers(shifts=False)
-    assert all(layer["input"]["grid"] != "shifted" for layer in without.values())
+    for _, without in (layers(shifts=False), layers("w4a8")):
+        assert all(layer["input"]["grid"] != "shifted" for layer in without.values())
 
 
 def test_presets_are_settings_of_the_method_and_other_flags_win():
