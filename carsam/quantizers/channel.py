@@ -16,16 +16,10 @@ from carsam.quantizers.site import SiteQuantizer
 PLACES = 2048
 
 
-class ChannelQuantizer(SiteQuantizer):
-    """Uniform quantizer with a step and a zero point for every channel.
-
-    A depthwise convolution computes each output channel from one input channel. So the step of that channel is a factor
-    of its output, as the step of its weights is: the integer arithmetic is that of one step per tensor. Elsewhere a sum
-    would run over channels of different steps.
+class ByChannel(SiteQuantizer):
+    """Base of the grids that have something of their own for every channel.
 
     Channels are the second dimension of maps (batch, channels, height, width) with ``maps``, the last otherwise.
-
-    Buffers: ``scale`` (channels,) float32, ``zero_point`` (channels,) uint8.
 
     Args:
         bits: Bits of a code.
@@ -34,8 +28,6 @@ class ChannelQuantizer(SiteQuantizer):
         maps: 1 where the site holds maps, with channels before height and width.
     """
 
-    grid = "channel"
-    note = "per channel"
     arguments: ClassVar[dict[str, int]] = {"channels": 2**20, "maps": 1}
     per_channel = True
 
@@ -43,12 +35,40 @@ class ChannelQuantizer(SiteQuantizer):
         super().__init__(bits, always=always)
         self.maps = maps
         if bits < 16:
-            self.register_buffer("scale", torch.full((channels,), float("nan")))
-            self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.uint8))
+            for name, value in self.buffers_of(channels).items():
+                self.register_buffer(name, value)
+
+    def buffers_of(self, channels: int) -> dict[str, Tensor]:
+        """Buffers of a grid that is not set yet; the last has a value for every channel."""
+        raise NotImplementedError
 
     def spec(self) -> dict[str, Any]:
-        extra = {"channels": self.scale.numel(), "maps": self.maps} if self.bits < 16 else {}
+        extra = {"channels": list(self.buffers())[-1].numel(), "maps": self.maps} if self.bits < 16 else {}
         return {**super().spec(), **extra}
+
+    def along(self, values: Tensor) -> Tensor:
+        """(channels,) as it broadcasts against the site's values."""
+        return values[:, None, None] if self.maps else values
+
+
+class ChannelQuantizer(ByChannel):
+    """Uniform quantizer with a step and a zero point for every channel.
+
+    A depthwise convolution computes each output channel from one input channel. So the step of that channel is a factor
+    of its output, as the step of its weights is: the integer arithmetic is that of one step per tensor. Elsewhere a sum
+    would run over channels of different steps.
+
+    Buffers: ``scale`` (channels,) float32, ``zero_point`` (channels,) uint8.
+    """
+
+    grid = "channel"
+    note = "per channel"
+
+    def buffers_of(self, channels: int) -> dict[str, Tensor]:
+        return {
+            "scale": torch.full((channels,), float("nan")),
+            "zero_point": torch.zeros(channels, dtype=torch.uint8),
+        }
 
     def record(self) -> ChannelsRecord:
         return ChannelsRecord(self.maps)
@@ -57,15 +77,11 @@ class ChannelQuantizer(SiteQuantizer):
         """Sets steps and zero points, (channels,) each."""
         self.load_grid({"scale": scale.float(), "zero_point": zero_point.to(torch.uint8)})
 
-    def _along(self, values: Tensor) -> Tensor:
-        """(channels,) as it broadcasts against the site's values."""
-        return values[:, None, None] if self.maps else values
-
     def step_along(self, x: Tensor) -> Tensor:
-        return self._along(self.step())
+        return self.along(self.step())
 
     def _zeros(self) -> Tensor:
-        return self._along(self.zero_point.float())
+        return self.along(self.zero_point.float())
 
     def round(self, x: Tensor, scale: Tensor) -> Tensor:
         zeros = self._zeros()
@@ -87,8 +103,12 @@ class ChannelQuantizer(SiteQuantizer):
         return decode(codes.float(), self.step_along(codes), self._zeros())
 
 
-class ChannelsRecord(ChannelRecord):
-    """Ends and samples of every channel, and each channel's own grid."""
+class MapsRecord(ChannelRecord):
+    """Ends and samples of every channel of maps, or of channels that are last.
+
+    Args:
+        maps: As :class:`ByChannel` takes it.
+    """
 
     def __init__(self, maps: int):
         super().__init__()
@@ -97,6 +117,10 @@ class ChannelsRecord(ChannelRecord):
     def update(self, values: Tensor, **context: Any) -> None:
         """Takes the values of one forward pass, channels where the quantizer has them."""
         super().update(values.permute(0, 2, 3, 1) if self._maps else values, **context)
+
+
+class ChannelsRecord(MapsRecord):
+    """Ends and samples of every channel, and each channel's own grid."""
 
     def _step(self, rows: Tensor) -> int:
         return odd_step_within(len(rows), PLACES)

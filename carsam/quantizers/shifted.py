@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from carsam.quantizers.affine import qmax
-from carsam.quantizers.grouped import ChannelRecord, block_middles
+from carsam.quantizers.channel import ByChannel, MapsRecord
+from carsam.quantizers.grouped import block_middles
 from carsam.quantizers.sampling import odd_step_within
-from carsam.quantizers.site import SiteQuantizer
 
 # Values that are kept from one forward pass, and those that stand for a channel in the search.
 KEPT, VALUES = 2**16, 128
@@ -31,7 +31,7 @@ class Shift(NamedTuple):
     maps: int
 
 
-class ShiftedQuantizer(SiteQuantizer):
+class ShiftedQuantizer(ByChannel):
     """Uniform quantizer of x − μ, with one step, where μ has a value for every channel.
 
     x̂ = μ + s · clip(round((x − μ) / s), 0, qmax): μ is what the code 0 stands for. A Linear, or a convolution of single
@@ -39,31 +39,14 @@ class ShiftedQuantizer(SiteQuantizer):
     and one zero point per tensor, and what is new is the subtraction of a vector. (Outlier Suppression+, EMNLP 2023,
     folds such a shift into the norm before; there is none behind an activation or a sum of two streams.)
 
-    Channels are the second dimension of maps (batch, channels, height, width) with ``maps``, the last otherwise.
-
     Buffers: ``scale`` (float32 scalar), the step, and ``shift`` (channels,) float32, μ.
-
-    Args:
-        bits: Bits of a code.
-        always: Quantize regardless of the simulation.
-        channels: Channels of the site where known (a packed model); calibration finds them otherwise.
-        maps: 1 where the site holds maps.
     """
 
     grid = "shifted"
     note = "shifted per channel"
-    arguments: ClassVar[dict[str, int]] = {"channels": 2**20, "maps": 1}
-    per_channel = True
 
-    def __init__(self, bits: int, *, always: bool = False, channels: int = 1, maps: int = 0):
-        super().__init__(bits, always=always)
-        self.maps = maps
-        if bits < 16:
-            self.register_buffer("shift", torch.zeros(channels))
-
-    def spec(self) -> dict[str, Any]:
-        extra = {"channels": self.shift.numel(), "maps": self.maps} if self.bits < 16 else {}
-        return {**super().spec(), **extra}
+    def buffers_of(self, channels: int) -> dict[str, Tensor]:
+        return {"scale": torch.tensor(float("nan")), "shift": torch.zeros(channels)}
 
     def record(self) -> ShiftedRecord:
         return ShiftedRecord(self.maps)
@@ -79,7 +62,7 @@ class ShiftedQuantizer(SiteQuantizer):
         self.load_grid({"scale": scale.float(), "shift": shift.float()})
 
     def origin(self) -> Tensor:
-        return self.shift[:, None, None] if self.maps else self.shift
+        return self.along(self.shift)
 
     def round(self, x: Tensor, scale: Tensor) -> Tensor:
         return self._steps(x, scale).mul_(scale).add_(self.origin())
@@ -102,17 +85,16 @@ class ShiftedQuantizer(SiteQuantizer):
         return codes.float() * self.scale + self.origin()
 
 
-class ShiftedRecord(ChannelRecord):
+class ShiftedRecord(MapsRecord):
     """Ends and samples of every channel, and how much the layer makes of an error there."""
 
     def __init__(self, maps: int):
-        super().__init__()
-        self._maps = maps
+        super().__init__(maps)
         self._weight: Tensor | None = None
 
     def update(self, values: Tensor, *, weight: Tensor | None = None, **context: Any) -> None:
-        """Takes the values of one forward pass, channels where the quantizer has them, and the layer's weight."""
-        super().update(values.permute(0, 2, 3, 1) if self._maps else values, **context)
+        """Takes the values of one forward pass, and the layer's weight."""
+        super().update(values, **context)
         if weight is not None:
             self._weight = weight.detach()
 

@@ -167,7 +167,7 @@ def test_inputs_of_depthwise_convolutions_alone_have_a_step_for_each_channel(tmp
     """Both forms share a folder of finished units, and neither is given the other's."""
     model, data = subject("tinyvit")
     sites = find_sites(model)
-    choices = {"images": 2, "smoothing": [], "shift": False, "observers": []}
+    choices = {"images": 2, "smoothing": [], "shift": False, "observers": [], "shifts": False}
     quick = {**QUICK, "learn": False, "tuning": {"steps": 0}, "refit": {"enabled": False}, "equivalences": choices}
     for asked, grid in (("channel", "channel"), ("tensor", "uniform")):
         config = QuantizeConfig("car-sam-plus", {**quick, "depthwise": asked})
