@@ -17,7 +17,7 @@ from carsam.quantizers import SiteQuantizer, SoftmaxQuantizer, current
 from carsam.quantizers.record import SiteRecord
 
 
-class ShiftedQuantizer(SiteQuantizer):
+class MovedQuantizer(SiteQuantizer):
     """Equal steps from the least value on: x̂ = scale · (shift + code); zero need not be on the grid.
 
     Buffers: ``scale`` and ``shift``, in steps; float32 scalars.
@@ -36,8 +36,8 @@ class ShiftedQuantizer(SiteQuantizer):
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "widened": self.widened}
 
-    def record(self) -> ShiftedRecord:
-        return ShiftedRecord()
+    def record(self) -> MovedRecord:
+        return MovedRecord()
 
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
         return (x / scale - self.shift).round_().clamp_(0, 2**self.bits - 1)
@@ -56,10 +56,10 @@ class ShiftedQuantizer(SiteQuantizer):
         return (codes.float() + self.shift) * self.scale
 
 
-class ShiftedRecord(SiteRecord):
+class MovedRecord(SiteRecord):
     """From the least value seen to the greatest, whatever the observer."""
 
-    def fit(self, quantizer: ShiftedQuantizer, observer: str) -> None:
+    def fit(self, quantizer: MovedQuantizer, observer: str) -> None:
         low, high = torch.tensor(min(self.lows)), torch.tensor(max(self.highs))
         low, high = (end + side * (high - low) * quantizer.widened / 100 for end, side in ((low, -1), (high, 1)))
         scale = ((high - low) / (2**quantizer.bits - 1)).clamp(min=1e-3 * high.abs().clamp(min=1e-6))
@@ -104,7 +104,7 @@ class Toy(QDrop):
 
     def quantizer_for(self, site: str, bits: int, role: str = "") -> SiteQuantizer:
         if role == MLP_OUT:
-            return ShiftedQuantizer(bits, widened=self.widened)
+            return MovedQuantizer(bits, widened=self.widened)
         return super().quantizer_for(site, bits, role)
 
     def unit_settings(self, unit: Any, sites: Any) -> dict[str, Any]:

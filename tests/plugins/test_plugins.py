@@ -73,7 +73,7 @@ def packed(outside, nano_folder, calibration_folder, tmp_path_factory):
         masks = [m(**inputs).pred_masks for m in (model, SamModel.from_pretrained(f"{folder}/again"))]
     assert torch.equal(*masks)
     quantizer = model.mask_decoder.transformer.layers[0].mlp.lin2.input_quantizer
-    assert type(quantizer).__name__ == "ShiftedQuantizer" and quantizer.shift != 0
+    assert type(quantizer).__name__ == "MovedQuantizer" and quantizer.shift != 0
     """
     data = ["--data", calibration_folder / "images", "--data-coco", calibration_folder / "instances.json"]
     less = ["--n-images", 2, "--boxes-per-image", 2, "--steps", 2, "--set", "weight_observer=min-max"]
@@ -132,7 +132,7 @@ def test_without_the_package_its_files_say_what_is_missing(packed, photos):
 def test_the_contracts_hold_it_to_what_they_ask_of_all(outside):
     """The very tests of every method and grid, over the registry with the package in it."""
     tests = [ROOT / "tests" / "methods" / "test_contract.py", ROOT / "tests" / "quantizers" / "test_grids.py"]
-    options = ["-vv", "-p", "no:cacheprovider", "-k", "toy or Shifted or SquareRoot"]
+    options = ["-vv", "-p", "no:cacheprovider", "-k", "toy or Moved or SquareRoot"]
     output, _ = python("-m", "pytest", *tests, *options, path=[outside])
     passed = [line.partition(" ")[0].partition("::")[2] for line in output.splitlines() if " PASSED" in line]
     assert {
@@ -140,8 +140,8 @@ def test_the_contracts_hold_it_to_what_they_ask_of_all(outside):
         "test_interrupted_and_resumed_it_gives_what_it_would_have_given[toy]",
         "test_codes_stand_for_what_the_model_computes_with[toy-shifted]",
         "test_a_greater_score_never_gets_a_lesser_probability[toy-root]",
-        "test_it_is_built_again_from_config_and_buffers[ShiftedQuantizer]",
-        "test_scale_gradient_is_that_of_lsq[ShiftedQuantizer]",
+        "test_it_is_built_again_from_config_and_buffers[MovedQuantizer]",
+        "test_scale_gradient_is_that_of_lsq[MovedQuantizer]",
     } <= set(passed)
 
 

@@ -34,6 +34,7 @@ QUICK: dict = {
         "smoothing": [],
         "shift": False,
         "observers": [],
+        "shifts": False,
         "map_steps": 0,
     },
 }
