@@ -39,6 +39,8 @@ class ShiftedQuantizer(ByChannel):
     and one zero point per tensor, and what is new is the subtraction of a vector. (Outlier Suppression+, EMNLP 2023,
     folds such a shift into the norm before; there is none behind an activation or a sum of two streams.)
 
+    While the step is learned, the middle of every channel's grid stays where it is, and μ follows.
+
     Buffers: ``scale`` (float32 scalar), the step, and ``shift`` (channels,) float32, μ.
     """
 
@@ -62,19 +64,34 @@ class ShiftedQuantizer(ByChannel):
         self.load_grid({"scale": scale.float(), "shift": shift.float()})
 
     def origin(self) -> Tensor:
-        return self.along(self.shift)
+        return self.along(self.shift + qmax(self.bits) / 2 * self.scale)
+
+    def settle(self) -> None:
+        if self.learned is not None:
+            self.shift.copy_(self._shift_at(self.step().detach()))
+        super().settle()
+
+    def _shift_at(self, scale: Tensor) -> Tensor:
+        """Where the grid begins at a step that is being learned: it opens and closes about its middle.
+
+        Held at its beginning, its far end would move by 2^bits - 1 times the change of a step, the near one not at all.
+        """
+        return self.shift + qmax(self.bits) / 2 * (self.scale - scale)
 
     def round(self, x: Tensor, scale: Tensor) -> Tensor:
-        return self._steps(x, scale).mul_(scale).add_(self.origin())
+        return self._steps(x, scale).mul_(scale).add_(self.along(self._shift_at(scale)))
 
     def _steps(self, x: Tensor, scale: Tensor) -> Tensor:
-        return (x - self.origin()).div_(scale).round_().clamp_(0, qmax(self.bits))
+        return self._position(x, scale).round_().clamp_(0, qmax(self.bits))
+
+    def _position(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x - self.along(self._shift_at(scale))).div_(scale)
 
     def position(self, x: Tensor, scale: Tensor) -> tuple[Tensor, float | Tensor, float | Tensor]:
-        return (x - self.origin()).div_(scale), -0.5, qmax(self.bits) + 0.5
+        return self._position(x, scale), -0.5, qmax(self.bits) + 0.5
 
     def scale_gradient(self, grad: Tensor, passed: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> Tensor:
-        # x̂ − μ is the step times a value of a fixed set; where nothing was quantized both terms are the same.
+        # x̂ less the middle is the step times a value of a fixed set; where nothing was quantized both terms are equal.
         origin = self.origin()
         return super().scale_gradient(grad, passed, x - origin, out - origin, scale)
 
@@ -82,7 +99,7 @@ class ShiftedQuantizer(ByChannel):
         return self._steps(x, self.scale).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        return codes.float() * self.scale + self.origin()
+        return codes.float() * self.scale + self.along(self.shift)
 
 
 class ShiftedRecord(MapsRecord):

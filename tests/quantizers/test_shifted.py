@@ -80,34 +80,44 @@ def test_a_layer_of_single_points_needs_one_integer_product(maps):
     assert grid.spec() == {"grid": "shifted", "bits": 4, "channels": CHANNELS, "maps": maps}
 
 
-def test_gradients_are_those_of_the_values_moved_back():
+def test_gradients_are_those_of_a_grid_about_its_middle():
     x = (1.5 * apart(1)).requires_grad_()
     quantizer = calibrated(ShiftedQuantizer(4), apart())
     scale = quantizer.scale.clone().requires_grad_()
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     FakeQuantize.apply(x, scale, quantizer, None).backward(grad)
-    moved = (x.detach() - quantizer.shift).requires_grad_()
-    alone = ActivationQuantizer(4)
-    alone.set_grid(quantizer.scale, torch.tensor(0))
-    step = alone.scale.clone().requires_grad_()
-    FakeQuantize.apply(moved, step, alone, None).backward(grad)
-    torch.testing.assert_close(x.grad, moved.grad)
-    torch.testing.assert_close(scale.grad, step.grad, rtol=1e-3, atol=1e-3)
+
+    middle = (quantizer.shift + 7.5 * quantizer.scale).double()
+    values, step = x.detach().double().requires_grad_(), quantizer.scale.double().requires_grad_()
+    steps = (values - middle) / step + 7.5
+    straight = steps + (steps.round() - steps).detach()
+    ((straight.clamp(0, 15) - 7.5) * step + middle).backward(grad.double())
+    # Both clip what rounds beyond the first or last code.
+    torch.testing.assert_close(x.grad.double(), values.grad)
+    torch.testing.assert_close(scale.grad.double(), step.grad, rtol=1e-4, atol=1e-4)
     assert bool(quantizer.clipped(x).any()) and not bool(quantizer.clipped(x).all())
 
 
-def test_a_learned_step_leaves_the_beginning():
-    quantizer = calibrated(ShiftedQuantizer(4), apart())
-    before, shift = quantizer.scale.clone(), quantizer.shift.clone()
+@pytest.mark.parametrize("maps", [0, 1])
+def test_a_learned_step_leaves_the_middle(maps):
+    x, other = apart(), 2 * apart(1)
+    if maps:
+        x, other = (each.reshape(2, -1, 5, CHANNELS).permute(0, 3, 1, 2) for each in (x, other))
+    quantizer = calibrated(ShiftedQuantizer(4, maps=maps), x)
+    before, middle = quantizer.scale.clone(), quantizer.origin().clone()
     parameter = quantizer.learn_scale()
     with simulate(activations=True):
-        quantizer(apart(1)).square().sum().backward()
-    assert parameter.grad.shape == () and float(parameter.grad) != 0
-    with torch.no_grad():
-        parameter.add_(0.25)
+        quantizer(other).square().sum().backward()
+        assert parameter.grad.shape == () and float(parameter.grad) != 0
+        with torch.no_grad():
+            parameter.add_(0.25)
+        learning = quantizer(other).detach()
     quantizer.settle()
     assert float((quantizer.scale / before).log()) == pytest.approx(0.25, rel=1e-4)
-    assert torch.equal(quantizer.shift, shift)
+    torch.testing.assert_close(quantizer.origin(), middle, rtol=1e-5, atol=1e-5)
+    # What was learned is what is packed, but for values that lie between two codes to float32's last bits.
+    settled = quantizer.decode(quantizer.encode(other))
+    assert float(((settled - learning).abs() > 1e-4).double().mean()) < 1e-3
 
 
 def test_channels_that_the_layer_reads_loudly_decide_the_step():

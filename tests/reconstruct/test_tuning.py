@@ -34,7 +34,6 @@ QUICK: dict = {
         "smoothing": [],
         "shift": False,
         "observers": [],
-        "shifts": False,
         "map_steps": 0,
     },
 }
