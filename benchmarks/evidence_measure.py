@@ -105,12 +105,11 @@ class Bench:
         started = time.perf_counter()
         model = self.model(row.subject)
         _, evaluation = self.places.calibration_and_evaluation(row.base_data, row.held_out)
-        found: dict[str, Any] = {"row": row.to_dict(), "notes": ""}
+        found: dict[str, Any] = {"row": row.to_dict(), "notes": row.notes}
         if row.is_float:
             found["bytes"] = 2 * sum(value.numel() for value in model.parameters())
             self._measure(model, row, evaluation, found, started)
         else:
-            found["notes"] = create(row.method, row.config().settings).notes
             with tempfile.TemporaryDirectory(prefix="carsam-evidence-") as folder:
                 shared: list[str] = []
                 result = quantize(

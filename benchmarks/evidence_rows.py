@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from carsam.bits.allocation import MIXED_BITS, Budget, check_budget
 from carsam.commands.recipe import parse_assignments
 from carsam.config import CalibrationConfig, QuantizeConfig
 from carsam.errors import ConfigError
@@ -37,6 +38,8 @@ class Row:
         settings: The method's settings that differ from its defaults.
         overrides: Bits by site pattern.
         bits: As ``w4a4``; ``float`` for the float model.
+        budget: As ``4.0bits``: every site has bits of its own, so that the mean is kept; empty for the same bits
+            everywhere.
         subject: ``litemedsam``, ``embedded``, ``sam2`` (the embedded SAM 2 without its memory), or ``twin-T`` (the
             embedded model stressed by T, as ``twin-1``).
         scope: ``decoder`` leaves the image encoder in floating point; ``whole`` quantizes both.
@@ -55,6 +58,7 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, str] = field(default_factory=dict)
     bits: str = "w4a4"
+    budget: str = ""
     subject: str = "litemedsam"
     scope: str = "decoder"
     data: str = "medical"
@@ -108,10 +112,21 @@ class Row:
         """
         if self.is_float:
             return replace(
-                self, settings={}, overrides={}, scope="whole", seed=0, steps=None, boxes=0, images=0, diagnose=0
+                self,
+                settings={},
+                overrides={},
+                budget="",
+                scope="whole",
+                seed=0,
+                steps=None,
+                boxes=0,
+                images=0,
+                diagnose=0,
             )
         config = self.config()
         config.bit_plan()
+        if self.budget:
+            check_budget(Budget.parse(self.budget))
         method = create(config.method, config.settings)
         return self if hasattr(method, "reconstruction") else replace(self, steps=None)
 
@@ -129,11 +144,13 @@ class Row:
             self.overrides,
             calibration,
             decoder_only=self.scope == "decoder",
+            budget=self.budget or None,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain mappings, for JSON."""
-        return {**asdict(self), "clicks": list(self.clicks)}
+        """Plain mappings, for JSON; no budget where there is none, as before there were any."""
+        values = {**asdict(self), "clicks": list(self.clicks)}
+        return values if self.budget else {name: value for name, value in values.items() if name != "budget"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Row:
@@ -149,6 +166,15 @@ class Row:
         """Of everything that decides the scores; what else is measured on the same model does not count."""
         settings = {key: value for key, value in self.to_dict().items() if key not in ("clicks", "diagnose")}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def notes(self) -> str:
+        """What its grids and bits have that usual ones have not; empty of the float model."""
+        if self.is_float:
+            return ""
+        noted = create(self.method, self.config().settings).notes
+        mixed = f"bits of {MIXED_BITS[0]} to {MIXED_BITS[-1]} under a budget of {self.budget}" if self.budget else ""
+        return "; ".join(filter(None, (mixed, noted)))
 
     @property
     def file_name(self) -> str:

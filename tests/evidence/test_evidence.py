@@ -76,6 +76,8 @@ def test_the_plans_of_the_repository_are_valid_and_their_files_differ(path):
         ("{label: A, method: rtn, bits: float}", "go together"),
         ("{label: A, method: rtn, set: [softmax]}", "write it as key=value"),
         ("{label: A, method: rtn, bits: w1}", "w1"),
+        ("{label: A, method: rtn, budget: four}", "cannot read the budget"),
+        ("{label: A, method: rtn, budget: 2.5bits}", "nearest budget that can be met is 3bits"),
     ],
 )
 def test_a_wrong_plan_is_refused_before_anything_runs(tmp_path, change, message):
@@ -95,6 +97,14 @@ def test_keys_tell_settings_apart_and_not_what_else_is_measured():
     assert (row.label, row.settings, row.steps) == ("MAC 0.1", {"mac": {"damping": 0.1}}, 30)
     assert replace(row, clicks=(1,), diagnose=4).file_name == row.file_name
     assert len({replace(row, **change).key for change in ({}, {"seed": 1}, {"steps": 31}, {"data": "coco"})}) == 4
+
+
+def test_a_row_under_a_budget_says_so_and_one_without_is_written_as_before():
+    plain, mixed = Row("A", "rtn"), Row("A", "rtn", budget="4.0bits")
+    assert "budget" not in plain.to_dict() and plain.config().budget is None
+    assert Row.from_dict(mixed.to_dict()) == mixed and mixed.key != plain.key
+    assert mixed.config().budget == "4.0bits"
+    assert mixed.notes == "bits of 3 to 8 under a budget of 4.0bits" and plain.notes == ""
 
 
 def test_a_split_leaves_no_patient_on_both_sides():
