@@ -29,6 +29,7 @@ from carsam.models.prepare import MakeSoftmax, prepare_model
 from carsam.models.sites import Sites
 from carsam.pack.bits import packed_size
 from carsam.prompts.calibration import CalibrationSet
+from carsam.prompts.image import PromptedImage
 from carsam.quantizers import ActivationQuantizer, UniformSoftmax, simulate
 from carsam.run.walk import fit_weights
 
@@ -67,8 +68,9 @@ def plan_for_budget(
     """The plan with the least summed error that a budget allows.
 
     Args:
-        budget: Mean bits: of weights, and of activations weighed by their number of elements. Or the size of the
-            weights' file: then activations keep the mean of the given plan's default.
+        budget: Mean bits: of weights, and of activations weighed by their number of elements over the calibration image
+            with the most prompts. Or the size of the weights' file: then activations keep the mean of the given plan's
+            default.
         reference: Float model, as it will be quantized.
         sites: All of its sites.
         plan: What the bits would be without a budget; what it leaves in floating point stays there.
@@ -149,7 +151,8 @@ def measure(
     judges = data.images[-JUDGES:] if len(data.images) > JUDGES else data.images
     others = data.images[: max(1, len(data.images) - JUDGES)][:RANGES]
     base = _prepared(reference, sites, BitPlan(Bits(16, 16)), lambda _s, bits, _r: ActivationQuantizer(bits), _float)
-    sizes = _sizes(base, sites, judges[:1])
+    # The decoder runs for every prompt: counted over an image with few, its activations would be cheaper than they are.
+    sizes = _sizes(base, sites, max(data.images, key=lambda image: len(image.boxes)))
     errors = SiteErrors(base, sites, judges)
     found: dict[tuple[str, str], dict[int, float]] = {}
     for turn, bits in enumerate(MEASURED):
@@ -186,8 +189,8 @@ def _prepared(
     return model.to(next(reference.parameters()).device).eval().requires_grad_(False)
 
 
-def _sizes(base: nn.Module, sites: Sites, images: Any) -> dict[str, int]:
-    """Weights of every layer, and elements of every activation site in a pass over one image with its prompts."""
+def _sizes(base: nn.Module, sites: Sites, image: PromptedImage) -> dict[str, int]:
+    """Weights of every layer, and elements of every activation site in a pass over an image with its prompts."""
     sizes = {site.name: base.get_submodule(site.name).weight.numel() for site in sites.layers}
     handles = []
 
@@ -209,8 +212,7 @@ def _sizes(base: nn.Module, sites: Sites, images: Any) -> dict[str, int]:
         handles.append(module.register_forward_hook(count(name)))
     try:
         with simulate(activations=False):
-            for image in images:
-                sites.family.forward(base, image)
+            sites.family.forward(base, image)
     finally:
         for handle in handles:
             handle.remove()

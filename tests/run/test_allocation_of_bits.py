@@ -1,15 +1,20 @@
 """A budget becomes the bits of a packed model: it is kept to, and what cannot be met names what can."""
 
+from collections import Counter
+
 import pytest
+import torch
 from small_models import small_model
 
 import carsam
 from carsam.bits.allocation import BudgetError
 from carsam.commands.recipe import quantize_config
 from carsam.config import QuantizeConfig
-from carsam.models.family import find_sites
+from carsam.models.family import family_of, find_sites
 from carsam.pack.folder import RECIPE
 from carsam.prompts.calibration import CalibrationSet
+from carsam.prompts.image import PromptedImage
+from carsam.quantizers import SiteQuantizer, SoftmaxQuantizer
 from carsam.reading import read_yaml
 
 RTN = {"weight_observer": "min-max", "activation_observer": "min-max"}
@@ -17,15 +22,14 @@ RTN = {"weight_observer": "min-max", "activation_observer": "min-max"}
 
 @pytest.fixture(scope="module")
 def subject():
-    import torch
-
-    from carsam.models.family import family_of
-    from carsam.prompts.image import PromptedImage
-
     model = small_model("tinyvit")
     side, generator = family_of(model).image_size(model), torch.Generator().manual_seed(0)
     box = torch.tensor([[0.1, 0.1, 0.7, 0.8]]) * side
-    images = [PromptedImage(str(i), torch.randn(1, 3, side, side, generator=generator), box) for i in range(3)]
+    # The second image has more prompts than those that judge.
+    images = [
+        PromptedImage(str(i), torch.randn(1, 3, side, side, generator=generator), box.repeat(count, 1))
+        for i, count in enumerate((1, 5, 1))
+    ]
     return model, CalibrationSet.of(images)
 
 
@@ -55,6 +59,22 @@ def test_mean_bits_are_kept_to(subject, quick, tmp_path):
     assert read_yaml(out / RECIPE, "")["budget"] == "4.5bits"
     # The recipe alone gives the same settings again.
     assert quantize_config(recipe=out / RECIPE).budget == "4.5bits"
+
+
+def test_mean_bits_of_activations_hold_for_the_image_with_the_most_prompts(subject, quick, tmp_path):
+    """Counted over an image with one prompt, an image with five would have more bits than the budget allows."""
+    model, data = subject
+    carsam.quantize(model, data, QuantizeConfig("rtn", RTN, budget="4.5bits"), out=tmp_path / "packed")
+    packed, elements = carsam.load(tmp_path / "packed"), Counter()
+    for module in packed.modules():
+        if isinstance(module, SiteQuantizer | SoftmaxQuantizer) and module.bits < 16:
+            module.register_forward_hook(lambda quantizer, _args, out: elements.update({quantizer.bits: out.numel()}))
+    means = []
+    for image in data.images[:2]:
+        elements.clear()
+        family_of(packed).forward(packed, image)
+        means.append(sum(bits * count for bits, count in elements.items()) / elements.total())
+    assert 4.4 < means[1] <= 4.5 and means[0] != means[1]
 
 
 def test_a_file_keeps_to_its_size(subject, quick, tmp_path):
