@@ -107,7 +107,8 @@ def quantize(
             from carsam.commands.progress import shown
 
             name = "a model" if isinstance(model, PreTrainedModel) else model
-            progress = stack.enter_context(shown(f"quantizing {name} to {config.bits.upper()}"))
+            bits = f"a budget of {config.budget}" if config.budget else config.bits.upper()
+            progress = stack.enter_context(shown(f"quantizing {name} to {bits}"))
         progress = progress or None
         stages = Stages(progress)
         output = partial = None

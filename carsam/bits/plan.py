@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from carsam.errors import ConfigError
 
@@ -15,6 +16,20 @@ if TYPE_CHECKING:
 SUPPORTED_BITS = (*range(2, 9), 16)
 # What people are told of a model of which only the decoder is quantized.
 FLOATING_ENCODER = "image encoder in floating point"
+
+
+def beside_bits(recipe: Mapping[str, Any]) -> str:
+    """What people are told beside the bits of a model: a budget that they hold for on the mean, a part left out.
+
+    Args:
+        recipe: As a packed folder has it; whatever else it holds is ignored.
+
+    Returns:
+        Phrases with commas between them; empty where the bits say everything.
+    """
+    budget = recipe.get("budget")
+    phrases = [f"mixed under a budget of {budget}"] if isinstance(budget, str) and budget else []
+    return ", ".join([*phrases, *([FLOATING_ENCODER] if recipe.get("decoder_only") is True else [])])
 
 
 @dataclass(frozen=True)

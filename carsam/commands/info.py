@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from carsam.bits.plan import FLOATING_ENCODER
+from carsam.bits.plan import beside_bits
 from carsam.commands.common import float16_bytes, megabytes, open_model, read_results
 from carsam.commands.output import Json, Output, Quiet
 
@@ -40,12 +40,13 @@ def info(
     if folder is not None:
         config = sam.config.quantization_config
         packed = folder_size(folder)
-        decoder_only = read_recipe(folder).get("decoder_only") is True
-        what = f", {FLOATING_ENCODER}" if decoder_only else ""
-        output.line(f"{model}: {config.method} at {config.bits}{what}, written by carsam {config.carsam_version}")
+        recipe = read_recipe(folder)
+        bits = ", ".join(filter(None, (config.bits, beside_bits(recipe))))
+        output.line(f"{model}: {config.method} at {bits}, written by carsam {config.carsam_version}")
         output.line(f"weights {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
         known |= {"method": config.method, "bits": config.bits, "carsam_version": config.carsam_version}
-        known["decoder_only"] = decoder_only
+        known["decoder_only"] = recipe.get("decoder_only") is True
+        known["budget"] = recipe.get("budget") or None
         known |= {"bytes": packed, "activation_grids": dict(grids(config.layout))}
     else:
         output.line(f"{model}: {family.names.title} in floating point, {megabytes(half)} in FP16")
@@ -56,16 +57,16 @@ def info(
     if folder is not None:
         found = ", ".join(f"{name} × {count}" for name, count in known["activation_grids"].items())
         output.line(f"grids of activations: {found or 'none'}")
-        recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
-        output.line(f"recipe:\n{recipe.rstrip()}")
+        text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        output.line(f"recipe:\n{text.rstrip()}")
         scores = read_results(folder).get("evaluation")
         scores = scores if isinstance(scores, dict) else {}
         numbers = {key: scores.get(key) for key in ("segm_ap", "box_ap", "mean_iou")}
         numbers = {key: value for key, value in numbers.items() if isinstance(value, (int, float))}
-        known |= {"recipe": recipe, "evaluation": {"coco": scores.get("coco"), **numbers} if numbers else None}
+        known |= {"recipe": text, "evaluation": {"coco": scores.get("coco"), **numbers} if numbers else None}
         if numbers:
-            text = ", ".join(f"{key} {value:.2f}" for key, value in numbers.items())
-            output.line(f"last evaluation: {text} ({scores.get('coco')})")
+            listed = ", ".join(f"{key} {value:.2f}" for key, value in numbers.items())
+            output.line(f"last evaluation: {listed} ({scores.get('coco')})")
     output.save(known)
 
 

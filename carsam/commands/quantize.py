@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carsam.bits.plan import FLOATING_ENCODER
+from carsam.bits.plan import beside_bits
 from carsam.commands.common import METHODS, Device, ImageSize, Normalise, complete_from, float16_bytes, megabytes
 from carsam.commands.output import Json, Output, Quiet, finite, renamed
 from carsam.commands.progress import Reporter
@@ -249,8 +249,8 @@ def summarise(result: QuantizeResult, folder: Path, times: Iterable[str], output
     from carsam.pack.checkpoint import folder_size
 
     packed, half = folder_size(folder), float16_bytes(result.model)
-    what = f", {FLOATING_ENCODER}" if result.recipe["decoder_only"] else ""
-    output.line(f"{folder}: {result.recipe['method']} at {result.recipe['bits']}{what}")
+    bits = ", ".join(filter(None, (result.recipe["bits"], beside_bits(result.recipe))))
+    output.line(f"{folder}: {result.recipe['method']} at {bits}")
     output.line(f"  weights  {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
     if result.peak_memory:
         output.line(f"  memory   {megabytes(result.peak_memory)} at the peak")

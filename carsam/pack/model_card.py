@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from carsam.bits.plan import FLOATING_ENCODER
+from carsam.bits.plan import beside_bits
 from carsam.errors import CarsamError
 from carsam.models.names import Names, names_of_type
 from carsam.output.files import write_text
@@ -68,7 +68,7 @@ def model_card(
         "base model": _base(base),
         "licence": f"{licence}, the base model's" if licence else "see the base model",
         "method": packing["method"],
-        "bits": f"{packing['bits']} (weights, activations){_floating(recipe)}",
+        "bits": f"{packing['bits']} (weights, activations){_beside(recipe)}",
         "weights file": f"{weights_bytes / 1e6:.1f} MB",
         "packed by": f"carsam {packing['carsam_version']}",
     }
@@ -232,8 +232,9 @@ def base_licence(source: str) -> str | None:
     return licence if isinstance(licence, str) and len(licence) < 80 else LICENCES.get(source)
 
 
-def _floating(recipe: Mapping[str, Any]) -> str:
-    return f", {FLOATING_ENCODER}" if recipe.get("decoder_only") is True else ""
+def _beside(recipe: Mapping[str, Any]) -> str:
+    found = beside_bits(recipe)
+    return f", {found}" if found else ""
 
 
 def _is_id(text: str) -> bool:

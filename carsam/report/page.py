@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from carsam.bits.plan import FLOATING_ENCODER
+from carsam.bits.plan import beside_bits
 from carsam.evaluate.intervals import Difference
 from carsam.models.names import Names
 from carsam.output.files import write_text
@@ -88,7 +88,7 @@ def summary(source: Source, sections: list[Section]) -> dict[str, Any]:
         "kind": source.names.title if source.names.family else "",
         "method": str(source.quantization_config.get("method") or "an unknown method"),
         "bits": str(source.quantization_config.get("bits") or "").upper(),
-        "floating": FLOATING_ENCODER if source.recipe.get("decoder_only") is True else "",
+        "beside_bits": beside_bits(source.recipe),
         "stand_in": source.is_stand_in,
         "few_objects": few_objects(source),
         "interval": _interval(source),

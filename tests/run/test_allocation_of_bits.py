@@ -16,6 +16,8 @@ from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
 from carsam.quantizers import SiteQuantizer, SoftmaxQuantizer
 from carsam.reading import read_yaml
+from carsam.report.page import render
+from carsam.report.source import read_source
 
 RTN = {"weight_observer": "min-max", "activation_observer": "min-max"}
 
@@ -59,6 +61,10 @@ def test_mean_bits_are_kept_to(subject, quick, tmp_path):
     assert read_yaml(out / RECIPE, "")["budget"] == "4.5bits"
     # The recipe alone gives the same settings again.
     assert quantize_config(recipe=out / RECIPE).budget == "4.5bits"
+    # Who opens the folder is told that its bits are not the same everywhere.
+    told = "mixed under a budget of 4.5bits"
+    assert f"w4a4 (weights, activations), {told}" in (out / "README.md").read_text()
+    assert f"<strong>W4A4</strong>, {told}" in render(read_source(out, None)).html
 
 
 def test_mean_bits_of_activations_hold_for_the_image_with_the_most_prompts(subject, quick, tmp_path):
