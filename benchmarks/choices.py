@@ -39,11 +39,16 @@ class Scores:
     ious: list[float]
 
 
-def row_of(text: str) -> tuple[str, str, dict[str, Any]]:
-    """Label, method and settings of ``LABEL=METHOD name=value …``; a dot in a name leads into a nested setting."""
+def row_of(text: str, arguments: argparse.Namespace) -> tuple[str, QuantizeConfig]:
+    """Label and quantization of ``LABEL=METHOD name=value …``; a dot in a name leads into a nested setting.
+
+    ``budget=4.0bits`` mixes bits under that budget.
+    """
     label, _, rest = text.partition("=")
     method, *changes = rest.split()
-    return label, method, parse_assignments(changes)
+    settings: dict[str, Any] = parse_assignments(changes)
+    budget = settings.pop("budget", None)
+    return label, QuantizeConfig(method, settings, arguments.bits, decoder_only=arguments.decoder_only, budget=budget)
 
 
 @torch.no_grad()
@@ -97,8 +102,7 @@ def main() -> None:
     floats = masks_of(model, judge)
     options.head("row", "IoU with the float masks", "to the first row (95 %)")
     first = None
-    for label, method, settings in map(row_of, arguments.row):
-        config = QuantizeConfig(method, settings, arguments.bits, decoder_only=arguments.decoder_only)
+    for label, config in (row_of(text, arguments) for text in arguments.row):
         packed = carsam.quantize(model, solve, config).model
         scores = agreement(masks_of(packed, judge), floats)
         ious = [iou for image in scores for iou in image.ious]

@@ -20,7 +20,6 @@ import torch
 from choices import add_trial, agreement, drawn, masks_of, row_of
 
 import carsam
-from carsam.config import QuantizeConfig
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
 
@@ -54,8 +53,7 @@ def main() -> None:
     areas = torch.cat([(image.boxes[:, 2:] - image.boxes[:, :2]).prod(1) for image in judge.images])
     floats = masks_of(model, judge)
     options.head("row", "box, px²", "boxes", "IoU with the float masks", "places, float", "places")
-    for label, method, settings in map(row_of, arguments.row):
-        config = QuantizeConfig(method, settings, arguments.bits, decoder_only=arguments.decoder_only)
+    for label, config in (row_of(text, arguments) for text in arguments.row):
         masks = masks_of(carsam.quantize(model, solve, config).model, judge)
         ious = torch.tensor([iou for image in agreement(masks, floats) for iou in image.ious])
         places = [torch.cat([each.sum((1, 2)) for each in found]).float() for found in (floats, masks)]

@@ -8,16 +8,19 @@ from small_models import small_model
 
 import carsam
 from carsam.bits.allocation import BudgetError
+from carsam.bits.plan import BitPlan
 from carsam.commands.recipe import quantize_config
 from carsam.config import QuantizeConfig
+from carsam.methods.base import create
 from carsam.models.family import family_of, find_sites
 from carsam.pack.folder import RECIPE
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
-from carsam.quantizers import SiteQuantizer, SoftmaxQuantizer
+from carsam.quantizers import SiteQuantizer, SoftmaxQuantizer, UniformSoftmax
 from carsam.reading import read_yaml
 from carsam.report.page import render
 from carsam.report.source import read_source
+from carsam.run import allocation
 
 RTN = {"weight_observer": "min-max", "activation_observer": "min-max"}
 
@@ -81,6 +84,37 @@ def test_mean_bits_of_activations_hold_for_the_image_with_the_most_prompts(subje
         family_of(packed).forward(packed, image)
         means.append(sum(bits * count for bits, count in elements.items()) / elements.total())
     assert 4.4 < means[1] <= 4.5 and means[0] != means[1]
+
+
+def test_large_images_are_measured_with_a_sixth_of_the_passes(subject, monkeypatch):
+    model, data = subject
+    sites, method = find_sites(model), create("rtn", RTN)
+
+    def counted():
+        told, judged = [], []
+        original = allocation.relative_error
+        monkeypatch.setattr(allocation, "relative_error", lambda a, b: judged.append(len(b)) or original(a, b))
+        found = allocation.measure(
+            model,
+            sites,
+            BitPlan.parse("w4a4"),
+            method,
+            data,
+            lambda _site, bits: UniformSoftmax(bits),
+            lambda done, total: told.append((done, total)),
+        )
+        monkeypatch.setattr(allocation, "relative_error", original)
+        assert told[-1][0] == told[-1][1]
+        return len(judged), set(judged), found
+
+    tries, judges, full = counted()
+    assert judges == {2} and tries % 3 == 0
+    monkeypatch.setattr(allocation, "LARGE", 1)
+    fewer, judges, quick = counted()
+    assert judges == {1} and fewer == tries // 3
+    # A bit more halves a step everywhere, where one number of bits has been measured.
+    assert all(each.errors[3] == pytest.approx(4 * each.errors[4]) for each in quick.weights)
+    assert [each.name for each in quick.activations] == [each.name for each in full.activations]
 
 
 def test_a_file_keeps_to_its_size(subject, quick, tmp_path):
