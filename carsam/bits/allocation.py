@@ -9,8 +9,11 @@ what the bound of the Lagrangian cannot rule out there is settled by integer pro
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 
@@ -224,20 +227,42 @@ def _programme(options: list[list[_Option]], opened: list[list[int]], capacity: 
     one_each = csr_array(
         (np.ones(len(places)), ([site for site, _ in places], range(len(places)))), shape=(len(opened), len(places))
     )
-    result = milp(
-        1e3 * errors / spread,
-        integrality=np.ones(len(places)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint((costs // unit)[None].astype(float), -np.inf, capacity // unit),
-        ],
-        options={"mip_rel_gap": 0.0, "time_limit": 20.0},
-    )
+    with _output_closed():
+        result = milp(
+            1e3 * errors / spread,
+            integrality=np.ones(len(places)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint((costs // unit)[None].astype(float), -np.inf, capacity // unit),
+            ],
+            options={"mip_rel_gap": 0.0, "time_limit": 20.0},
+        )
     if result.x is None:
         return None
     chosen = {site: index for (site, index), value in zip(places, result.x) if value > 0.5}
     return [chosen[site] for site in range(len(opened))] if len(chosen) == len(opened) else None
+
+
+@contextmanager
+def _output_closed() -> Iterator[None]:
+    """While the block runs (a fraction of a second), what is written to the process's standard output is lost.
+
+    HiGHS writes lines of its own there whatever it is told, past ``sys.stdout``, between those of a command.
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed already
+        yield
+        return
+    try:
+        sys.stdout.flush()
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def interpolated(measured: Mapping[int, float], bits: Sequence[int] = MIXED_BITS) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -123,3 +124,21 @@ def test_interpolation_keeps_what_was_measured_and_never_rises(measured):
 def test_interpolation_between_and_beyond():
     found = interpolated({4: 16.0, 6: 1.0})
     assert found == pytest.approx({3: 64.0, 4: 16.0, 5: 4.0, 6: 1.0, 7: 0.25, 8: 0.0625})
+
+
+def test_the_solver_writes_nothing_between_the_lines_of_a_command(capfd):
+    """HiGHS does for this very problem, past sys.stdout."""
+    draw = random.Random(2)
+    sizes = (393216, 196608, 49152, 1536, 768, 252, 32768)
+    candidates = [
+        Candidate(
+            str(i),
+            draw.choice(sizes),
+            interpolated({b: 10 ** draw.uniform(-6, -2) * 4.0**-b * draw.uniform(0.7, 1.3) for b in (3, 4, 6)}),
+        )
+        for i in range(126)
+    ]
+    print("before", flush=True)
+    allocate(candidates, 4 * sum(each.size for each in candidates))
+    print("after", flush=True)
+    assert capfd.readouterr().out == "before\nafter\n"
