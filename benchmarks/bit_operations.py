@@ -67,7 +67,7 @@ def watch_layer(found: Products, layer: PackedLayer) -> Callable[..., None]:
     return seen
 
 
-def watch_attention(found: Products, matmul: MatMulQuantizers) -> Callable[..., None]:
+def watch_attention(found: Products, matmul: MatMulQuantizers) -> None:
     """Counts both products of an attention when its keys have come."""
     sizes: dict[str, torch.Size] = {}
 
@@ -85,7 +85,6 @@ def watch_attention(found: Products, matmul: MatMulQuantizers) -> Callable[..., 
 
     for which in ("query", "key", "value"):
         getattr(matmul, which).register_forward_hook(seen(which))
-    return seen
 
 
 @torch.no_grad()

@@ -32,6 +32,12 @@ def beside_bits(recipe: Mapping[str, Any]) -> str:
     return ", ".join([*phrases, *([FLOATING_ENCODER] if recipe.get("decoder_only") is True else [])])
 
 
+def stated_bits(bits: str, recipe: Mapping[str, Any]) -> str:
+    """The bits of a model with :func:`beside_bits` behind them."""
+    beside = beside_bits(recipe)
+    return f"{bits}, {beside}" if beside else bits
+
+
 @dataclass(frozen=True)
 class Bits:
     """Bits of weights and activations; 16 means "left in floating point". Written ``w4a4``."""

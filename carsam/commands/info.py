@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from carsam.bits.plan import beside_bits
+from carsam.bits.plan import stated_bits
 from carsam.commands.common import float16_bytes, megabytes, open_model, read_results
 from carsam.commands.output import Json, Output, Quiet
 
@@ -41,7 +41,7 @@ def info(
         config = sam.config.quantization_config
         packed = folder_size(folder)
         recipe = read_recipe(folder)
-        bits = ", ".join(filter(None, (config.bits, beside_bits(recipe))))
+        bits = stated_bits(config.bits, recipe)
         output.line(f"{model}: {config.method} at {bits}, written by carsam {config.carsam_version}")
         output.line(f"weights {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
         known |= {"method": config.method, "bits": config.bits, "carsam_version": config.carsam_version}

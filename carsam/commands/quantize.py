@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carsam.bits.plan import beside_bits
+from carsam.bits.plan import stated_bits
 from carsam.commands.common import METHODS, Device, ImageSize, Normalise, complete_from, float16_bytes, megabytes
 from carsam.commands.output import Json, Output, Quiet, finite, renamed
 from carsam.commands.progress import Reporter
@@ -249,7 +249,7 @@ def summarise(result: QuantizeResult, folder: Path, times: Iterable[str], output
     from carsam.pack.checkpoint import folder_size
 
     packed, half = folder_size(folder), float16_bytes(result.model)
-    bits = ", ".join(filter(None, (result.recipe["bits"], beside_bits(result.recipe))))
+    bits = stated_bits(result.recipe["bits"], result.recipe)
     output.line(f"{folder}: {result.recipe['method']} at {bits}")
     output.line(f"  weights  {megabytes(packed)}, {half / packed:.2f} times smaller than FP16's {megabytes(half)}")
     if result.peak_memory:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from carsam.bits.plan import beside_bits
+from carsam.bits.plan import stated_bits
 from carsam.errors import CarsamError
 from carsam.models.names import Names, names_of_type
 from carsam.output.files import write_text
@@ -68,7 +68,7 @@ def model_card(
         "base model": _base(base),
         "licence": f"{licence}, the base model's" if licence else "see the base model",
         "method": packing["method"],
-        "bits": f"{packing['bits']} (weights, activations){_beside(recipe)}",
+        "bits": stated_bits(f"{packing['bits']} (weights, activations)", recipe),
         "weights file": f"{weights_bytes / 1e6:.1f} MB",
         "packed by": f"carsam {packing['carsam_version']}",
     }
@@ -230,11 +230,6 @@ def base_licence(source: str) -> str | None:
         return LICENCES.get(source)
     licence = data.license_name or data.license if data.license == "other" else data.license
     return licence if isinstance(licence, str) and len(licence) < 80 else LICENCES.get(source)
-
-
-def _beside(recipe: Mapping[str, Any]) -> str:
-    found = beside_bits(recipe)
-    return f", {found}" if found else ""
 
 
 def _is_id(text: str) -> bool:
