@@ -10,6 +10,7 @@ floating point count for nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -31,55 +32,49 @@ EVERYWHERE = 4
 class Products:
     """Multiply-accumulates of a model by the bits of their factors."""
 
-    macs: dict[tuple[int, int], int] = field(default_factory=dict)
-    elements: dict[int, int] = field(default_factory=dict)
-
-    def add(self, macs: int, first: int, second: int) -> None:
-        self.macs[first, second] = self.macs.get((first, second), 0) + macs
-
-    def see(self, elements: int, bits: int) -> None:
-        self.elements[bits] = self.elements.get(bits, 0) + elements
+    macs: Counter[tuple[int, int]] = field(default_factory=Counter)
+    elements: Counter[int] = field(default_factory=Counter)
 
     @property
     def relative(self) -> float:
         """Bit operations, as a share of those with 4 bits everywhere."""
-        return sum(macs * a * b for (a, b), macs in self.macs.items()) / (EVERYWHERE**2 * sum(self.macs.values()))
+        return sum(macs * a * b for (a, b), macs in self.macs.items()) / (EVERYWHERE**2 * self.macs.total())
 
     @property
     def mean(self) -> float:
         """Mean bits of an activation."""
-        return sum(bits * count for bits, count in self.elements.items()) / sum(self.elements.values())
+        return sum(bits * count for bits, count in self.elements.items()) / self.elements.total()
 
     @property
     def beyond(self) -> float:
         """Share of the products that have a factor of more than 4 bits."""
-        return sum(n for bits, n in self.macs.items() if max(bits) > EVERYWHERE) / sum(self.macs.values())
+        return sum(n for bits, n in self.macs.items() if max(bits) > EVERYWHERE) / self.macs.total()
 
 
-def watch_layer(found: Products, layer: PackedLayer) -> Callable[..., None]:
+def watch_layer(found: Products, layer: PackedLayer) -> None:
     """Counts a layer's products when it runs."""
 
     def seen(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         bits = layer.input_quantizer.bits
-        found.add(out.numel() * torch.Size(layer.shape[1:]).numel(), layer.weight_bits, bits)
-        found.see(args[0].numel(), bits)
+        found.macs[layer.weight_bits, bits] += out.numel() * torch.Size(layer.shape[1:]).numel()
+        found.elements[bits] += args[0].numel()
 
-    return seen
+    layer.register_forward_hook(seen)
 
 
 def watch_attention(found: Products, matmul: MatMulQuantizers) -> None:
-    """Counts both products of an attention when its keys have come."""
+    """Counts both products of an attention when its values, the last of the three, have come."""
     sizes: dict[str, torch.Size] = {}
 
     def seen(which: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
             sizes[which] = out.shape
-            found.see(out.numel(), getattr(matmul, which).bits)
+            found.elements[getattr(matmul, which).bits] += out.numel()
             if which == "value":
                 scores = sizes["query"][:-1].numel() * sizes["key"][-2]
-                found.add(scores * out.shape[-1], matmul.query.bits, matmul.key.bits)
-                found.add(scores * out.shape[-1], matmul.probs.bits, matmul.value.bits)
-                found.see(scores, matmul.probs.bits)
+                found.macs[matmul.query.bits, matmul.key.bits] += scores * out.shape[-1]
+                found.macs[matmul.probs.bits, matmul.value.bits] += scores * out.shape[-1]
+                found.elements[matmul.probs.bits] += scores
 
         return hook
 
@@ -93,7 +88,7 @@ def products_of(model: nn.Module, boxes: int) -> Products:
     found = Products()
     for module in model.modules():
         if isinstance(module, PackedLayer) and module.weight_bits < 16 and module.input_quantizer.bits < 16:
-            module.register_forward_hook(watch_layer(found, module))
+            watch_layer(found, module)
         elif isinstance(module, MatMulQuantizers) and max(module.query.bits, module.probs.bits) < 16:
             watch_attention(found, module)
     side = family_of(model).image_size(model)
