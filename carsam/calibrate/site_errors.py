@@ -148,10 +148,14 @@ def every_part(
         errors: The float model and the images.
         progress: Called as ``progress(parts_done, n_parts)``.
     """
-    stages = parts_by_stage(rounded, sites)
-    total, done = sum(len(parts) for parts in stages.values()), 0
-    for number, parts in enumerate(stages.values()):
+    numbered = list(numbered_parts(rounded, sites))
+    for done, (part, stage) in enumerate(numbered, 1):
+        yield part, errors.logits_with(rounded, part, stage)
+        progress(done, len(numbered))
+
+
+def numbered_parts(rounded: nn.Module, sites: Sites) -> Iterator[tuple[SitePart, int]]:
+    """Every part of a rounded model with the number of its stage, in execution order."""
+    for stage, parts in enumerate(parts_by_stage(rounded, sites).values()):
         for part in parts:
-            yield part, errors.logits_with(rounded, part, number)
-            done += 1
-            progress(done, total)
+            yield part, stage

@@ -7,6 +7,7 @@ hook               decides                                                  defa
 =================  =======================================================  ==========================
 quantizer_for      the quantizer of an activation site                      uniform, per tensor
 softmax_for        the quantizer of a softmax output                        ``softmax`` setting
+softmax_choices    the quantizers that ``choose`` takes one of              that of ``softmax_for``
 transform          changes to the float model before anything else          none
 choose             changes that depend on bits, grids of softmax outputs    none
 units              what is reconstructed, in execution order                none (nearest rounding)
@@ -20,7 +21,7 @@ A new method is one new module in this folder, or in a package that announces it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ from torch import nn
 from carsam.bits.plan import BitPlan
 from carsam.compensate.passes import FloatRows
 from carsam.errors import ConfigError
+from carsam.models.prepare import MakeSoftmax
 from carsam.models.sites import Sites
 from carsam.plugins import named_subclasses
 from carsam.prompts.calibration import CalibrationSet
@@ -104,6 +106,10 @@ class Method:
         if grid == UniformSoftmax.grid:
             return UniformSoftmax(bits, range_by=self.softmax_range)
         return softmax_grids()[grid](bits)
+
+    def softmax_choices(self) -> Sequence[MakeSoftmax]:
+        """What :meth:`choose` may give an attention: under a budget the one that loses least counts."""
+        return [self.softmax_for]
 
     def transform(self, model: nn.Module, sites: Sites, data: CalibrationSet) -> list[dict[str, Any]]:
         """Changes the float model in place before it is quantized; returns reports, plain mappings."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from carsam.compensate.refit import RefitReport, RefitSettings, refit_layers
 from carsam.compensate.spread import restore_layers
 from carsam.errors import ConfigError
 from carsam.methods.car_sam import CarSam
+from carsam.models.prepare import MakeSoftmax
 from carsam.models.sites import DEPTHWISE, ResidualStream, Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ChannelQuantizer, SiteQuantizer, SoftmaxQuantizer, UniformSoftmax, softmax_grids
@@ -291,6 +292,12 @@ class CarSamPlus(CarSam):
 
     def softmax_for(self, site: str, bits: int) -> SoftmaxQuantizer:
         return self.softmax_of(self.grids[0], bits)
+
+    def softmax_choices(self) -> Sequence[MakeSoftmax]:
+        def of(grid: str) -> MakeSoftmax:
+            return lambda _site, bits: self.softmax_of(grid, bits)
+
+        return [of(grid) for grid in self.grids]
 
     def reconstruction_for(self, unit: Unit) -> ReconstructionSettings | None:
         return self.reconstruction if self.learn else None

@@ -22,11 +22,12 @@ from carsam.bits.allocation import (
     interpolated,
 )
 from carsam.bits.plan import BitPlan, Bits
+from carsam.calibrate.counted import Count
 from carsam.calibrate.ranges import calibrate
-from carsam.calibrate.site_errors import SiteErrors, every_part, relative_error
+from carsam.calibrate.site_errors import SiteErrors, numbered_parts, relative_error
 from carsam.methods.base import Method
 from carsam.models.prepare import MakeSoftmax, prepare_model
-from carsam.models.sites import Sites
+from carsam.models.sites import OPERANDS, Sites
 from carsam.pack.bits import packed_size
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
@@ -46,16 +47,10 @@ HEADER, PER_CHANNEL = 150, 5
 
 @dataclass(frozen=True)
 class Measured:
-    """What the search needs to know of a model.
-
-    Attributes:
-        weights, activations: Sites with their errors by bits.
-        overhead: Bytes of the weights' file beside the codes.
-    """
+    """Sites with their errors by bits."""
 
     weights: list[Candidate]
     activations: list[Candidate]
-    overhead: int
 
 
 def plan_for_budget(
@@ -65,7 +60,6 @@ def plan_for_budget(
     plan: BitPlan,
     method: Method,
     data: CalibrationSet,
-    softmax: MakeSoftmax,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[BitPlan, dict[str, Any]]:
     """The plan with the least summed error that a budget allows.
@@ -74,12 +68,12 @@ def plan_for_budget(
         budget: Mean bits: of weights, and of activations weighed by their number of elements over the calibration image
             with the most prompts. Or the size of the weights' file: then activations keep the mean of the given plan's
             default.
-        reference: Float model, as it will be quantized.
+        reference: Float model, after the method's :meth:`~carsam.methods.base.Method.transform`; what the method
+            chooses by measuring it chooses for these bits, afterwards.
         sites: All of its sites.
         plan: What the bits would be without a budget; what it leaves in floating point stays there.
         method: Gives grids and observers.
         data: Calibration images: the last few judge, others set ranges.
-        softmax: Makes quantizers of softmax outputs.
         progress: Called as ``progress(done, total)``.
 
     Returns:
@@ -89,8 +83,12 @@ def plan_for_budget(
         BudgetError: No plan meets the budget; the message names the nearest that one does.
     """
     check_budget(budget)
-    measured = measure(reference, sites, plan, method, data, softmax, progress)
-    weights, activations = _search(budget, measured, plan)
+    quantized = [site.name for site in sites.layers if not plan.leaves(site.name)]
+    overhead = _overhead(reference, sites, quantized)
+    if budget.size is not None:
+        _check_size(budget, overhead, [reference.get_submodule(name).weight.numel() for name in quantized])
+    measured = measure(reference, sites, plan, method, data, progress)
+    weights, activations = _search(budget, measured, plan, overhead)
     found: dict[str, Bits] = {}
     for site in sites.layers:  # a layer's path names its weights and its input
         if site.name in weights.bits or site.input in activations.bits:
@@ -103,27 +101,31 @@ def plan_for_budget(
         "budget": str(budget),
         "weights": _shown(weights),
         "activations": _shown(activations),
-        "bytes": measured.overhead + sum(packed_size(c.size, weights.bits[c.name]) for c in measured.weights),
+        "bytes": overhead + sum(packed_size(c.size, weights.bits[c.name]) for c in measured.weights),
     }
     return replace(plan, overrides=(*plan.overrides, *found.items())), report
 
 
-def _search(budget: Budget, measured: Measured, plan: BitPlan) -> tuple[Allocation, Allocation]:
-    """Bits of weights and of activations."""
+def _check_size(budget: Budget, overhead: int, sizes: list[int]) -> None:
+    """Refuses a size that the least bits exceed, before anything is measured."""
+    least = overhead + sum(packed_size(size, MIXED_BITS[0]) for size in sizes)
+    if budget.size < least:
+        raise BudgetError(
+            f"{budget} cannot be met: with {MIXED_BITS[0]} bits for every weight the file has {least / 1e6:.2f} MB, of "
+            f"which {overhead / 1e6:.2f} MB are not weights that are quantized. The nearest budget that can "
+            f"be met is {_up(least)}MB."
+        )
+
+
+def _search(budget: Budget, measured: Measured, plan: BitPlan, overhead: int) -> tuple[Allocation, Allocation]:
+    """Bits of weights and of activations; ``overhead``: bytes of the weights' file beside the codes."""
     totals = [sum(each.size for each in kind) for kind in (measured.weights, measured.activations)]
     mean = budget.bits if budget.bits is not None else float(min(plan.default.activations, MIXED_BITS[-1]))
     activations = allocate(measured.activations, int(mean * totals[1] + 1e-6))
     if budget.size is None:
         return allocate(measured.weights, int(budget.bits * totals[0] + 1e-6)), activations
-    least = measured.overhead + sum(packed_size(each.size, MIXED_BITS[0]) for each in measured.weights)
-    if budget.size < least:
-        raise BudgetError(
-            f"{budget} cannot be met: with {MIXED_BITS[0]} bits for every weight the file has {least / 1e6:.2f} MB, of "
-            f"which {measured.overhead / 1e6:.2f} MB are not weights that are quantized. The nearest budget that can "
-            f"be met is {_up(least)}MB."
-        )
     # Every layer's codes end in a whole byte.
-    spare = 8 * (budget.size - measured.overhead - len(measured.weights))
+    spare = 8 * (budget.size - overhead - len(measured.weights))
     return allocate(measured.weights, max(spare, MIXED_BITS[0] * totals[0])), activations
 
 
@@ -144,10 +146,12 @@ def measure(
     plan: BitPlan,
     method: Method,
     data: CalibrationSet,
-    softmax: MakeSoftmax,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Measured:
     """Error of the mask logits with each site alone rounded to nearest, at :data:`MEASURED` bits; see :data:`LARGE`.
+
+    Of a softmax output it is the least among the grids that the method may give it
+    (:meth:`~carsam.methods.base.Method.softmax_choices`): which one that is depends on the bits.
 
     Args as for :func:`plan_for_budget`.
     """
@@ -160,26 +164,36 @@ def measure(
     sizes = _sizes(base, sites, max(data.images, key=lambda image: len(image.boxes)))
     errors = SiteErrors(base, sites, judges)
     found: dict[tuple[str, str], dict[int, float]] = {}
-    for turn, bits in enumerate(turns):
+    counted = Count(len(turns) * _parts(sites, plan, method), progress)
+    first, *further = method.softmax_choices()
+    for bits in turns:
         tried = replace(plan, default=Bits(bits, bits), overrides=())
-        rounded = _prepared(reference, sites, tried, method.quantizer_for, softmax)
-        fit_weights(rounded, method.weight_observer)
-        calibrate(rounded, CalibrationSet(tuple(others), 0, ""), method.activation_observer)
-
-        def advance(done: int, total: int, turn: int = turn) -> None:
-            progress(turn * total + done, len(turns) * total)
-
-        # A layer's attribute is its rounded weight.
-        for layer in (rounded.get_submodule(site.name) for site in sites.layers):
-            layer.freeze()
-        for part, logits in every_part(rounded, sites, errors, advance):
-            found.setdefault((part.kind, part.site), {})[bits] = relative_error(logits, errors.targets)
+        for softmax in (first, *further):
+            rounded = _prepared(reference, sites, tried, method.quantizer_for, softmax)
+            fit_weights(rounded, method.weight_observer)
+            calibrate(rounded, CalibrationSet(tuple(others), 0, ""), method.activation_observer)
+            # A layer's attribute is its rounded weight.
+            for layer in (rounded.get_submodule(site.name) for site in sites.layers):
+                layer.freeze()
+            parts = [
+                each for each in numbered_parts(rounded, sites) if softmax is first or each[0].attribute == OPERANDS[-1]
+            ]
+            for part, stage in counted(parts):
+                error = relative_error(errors.logits_with(rounded, part, stage), errors.targets)
+                known = found.setdefault((part.kind, part.site), {})
+                known[bits] = min(error, known.get(bits, error))
 
     def candidates(kind: str) -> list[Candidate]:
         return [Candidate(name, sizes[name], interpolated(e)) for (k, name), e in found.items() if k == kind]
 
-    weights = candidates("weight")
-    return Measured(weights, candidates("activation"), _overhead(reference, sites, {each.name for each in weights}))
+    return Measured(candidates("weight"), candidates("activation"))
+
+
+def _parts(sites: Sites, plan: BitPlan, method: Method) -> int:
+    """What is tried at one number of bits: weights and inputs of layers, operands, and further grids of P."""
+    layers = sum(not plan.leaves(site.name) for site in sites.layers)
+    attentions = sum(not plan.leaves(site.name) for site in sites.attentions)
+    return 2 * layers + (len(OPERANDS) + len(method.softmax_choices()) - 1) * attentions
 
 
 def _float(_site: str, _bits: int) -> UniformSoftmax:
@@ -210,7 +224,7 @@ def _sizes(base: nn.Module, sites: Sites, image: PromptedImage) -> dict[str, int
         **{
             site.operand(which): getattr(base.get_submodule(site.name).matmul, which)
             for site in sites.attentions
-            for which in ("query", "key", "value", "probs")
+            for which in OPERANDS
         },
     }
     for name, module in quantizers.items():
@@ -224,7 +238,7 @@ def _sizes(base: nn.Module, sites: Sites, image: PromptedImage) -> dict[str, int
     return sizes
 
 
-def _overhead(reference: nn.Module, sites: Sites, quantized: set[str]) -> int:
+def _overhead(reference: nn.Module, sites: Sites, quantized: list[str]) -> int:
     """Bytes of the file beside the codes: what stays in half precision, scales, and the header."""
     state = reference.state_dict()
     codes = sum(state[f"{name}.weight"].numel() for name in quantized)

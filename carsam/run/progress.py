@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 KEPT = " (kept)"
 """Ends the name of a unit that an interrupted run finished; such a unit is reported once, with step 0 of 0."""
 
-# In this order; "choices" where the method makes some, "units" where it reconstructs units, "ranges" where it only
-# observes ranges.
-STAGES = ("preparing", "proposals", "choices", "weight grids", "ranges", "units", "packing", "verifying")
+# In this order; "bits" under a budget, "choices" where the method makes some, "units" where it reconstructs units,
+# "ranges" where it only observes ranges.
+STAGES = ("preparing", "proposals", "bits", "choices", "weight grids", "ranges", "units", "packing", "verifying")
 
 
 @dataclass(frozen=True)

@@ -156,18 +156,21 @@ def to_integers(
     method, plan, stages, hooks = run.method, run.plan, context.stages, context.hooks
     data = sites.family.calibration_data(reference, data)
     treated = run.treated(sites)
-    with stages("choices" if method.chooses else "weight grids"), hooks.work("transform"):
+    budget, choosing = run.config.budget, "choices" if method.chooses else "weight grids"
+    with stages("bits" if budget is not None else choosing), hooks.work("transform"):
         transforms = method.transform(reference, treated, data)
+        if budget is not None:
+            # Before the choices: what is folded, learned and chosen is so for the bits that a site has.
+            plan, allocation = plan_for_budget(
+                Budget.parse(budget), reference, sites, plan, method, data, stages.advance
+            )
+            transforms.append(allocation)
+            run.plan = plan
+    with stages(choosing), hooks.work("transform"):
         choices = method.choose(reference, treated, data, plan, stages.advance)
     release_memory()
     with stages("weight grids"):
         softmax = chosen_softmax(choices.softmax, method)
-        if run.config.budget is not None:
-            plan, allocation = plan_for_budget(
-                Budget.parse(run.config.budget), reference, sites, plan, method, data, softmax, stages.advance
-            )
-            choices.reports.append(allocation)
-            run.plan = plan
         model = copy.deepcopy(reference)
         prepare_model(model, sites, plan, chosen_ranges(choices.ranges, method), softmax)
         model.to(context.device).requires_grad_(False)

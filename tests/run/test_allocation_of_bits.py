@@ -12,11 +12,13 @@ from carsam.bits.plan import BitPlan
 from carsam.commands.recipe import quantize_config
 from carsam.config import QuantizeConfig
 from carsam.methods.base import create
+from carsam.methods.car_sam_plus import CarSamPlus
 from carsam.models.family import family_of, find_sites
+from carsam.models.sites import OPERANDS
 from carsam.pack.folder import RECIPE
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
-from carsam.quantizers import SiteQuantizer, SoftmaxQuantizer, UniformSoftmax
+from carsam.quantizers import SiteQuantizer, SoftmaxQuantizer
 from carsam.reading import read_yaml
 from carsam.report.page import render
 from carsam.report.source import read_source
@@ -100,7 +102,6 @@ def test_large_images_are_measured_with_a_sixth_of_the_passes(subject, monkeypat
             BitPlan.parse("w4a4"),
             method,
             data,
-            lambda _site, bits: UniformSoftmax(bits),
             lambda done, total: told.append((done, total)),
         )
         monkeypatch.setattr(allocation, "relative_error", original)
@@ -117,9 +118,55 @@ def test_large_images_are_measured_with_a_sixth_of_the_passes(subject, monkeypat
     assert [each.name for each in quick.activations] == [each.name for each in full.activations]
 
 
-def test_a_file_keeps_to_its_size(subject, quick, tmp_path):
+def test_choices_are_made_for_the_bits_that_a_site_has(subject, quick, monkeypatch):
+    """Ranges that were learned for four bits clip what eight could hold."""
     model, data = subject
-    with pytest.raises(BudgetError, match="nearest budget that can be met is") as refusal:
+    plans, original = [], CarSamPlus.choose
+
+    def choose(self, model, sites, data, plan, advance):
+        plans.append(plan)
+        return original(self, model, sites, data, plan, advance)
+
+    monkeypatch.setattr(CarSamPlus, "choose", choose)
+    settings = {"learn": False, "equivalences": {"map_steps": 0, "observers": [], "shifts": False, "images": 1}}
+    packed = carsam.quantize(model, data, QuantizeConfig("car-sam-plus", settings, budget="4.5bits")).model
+    (plan,) = plans
+    sites = find_sites(model)
+    layers = {site.name: packed.get_submodule(site.name).input_quantizer.bits for site in sites.layers}
+    operands = {
+        site.operand(which): getattr(packed.get_submodule(site.name).matmul, which).bits
+        for site in sites.attentions
+        for which in OPERANDS
+    }
+    assert {name: plan.activation_bits(f"{name}.input") for name in layers} == layers
+    assert {name: plan.activation_bits(name) for name in operands} == operands
+    assert len(set(layers.values())) > 1 and len(set(operands.values())) > 1
+
+
+def test_a_softmax_output_counts_with_the_grid_that_loses_least(subject, quick):
+    model, data = subject
+    sites = find_sites(model)
+
+    def errors(**settings):
+        method = create("car-sam-plus", RTN | settings)
+        found = allocation.measure(model, sites, BitPlan.parse("w4a4"), method, data)
+        return {each.name: each.errors[4] for each in (*found.weights, *found.activations)}
+
+    alone = [errors(softmax=grid) for grid in ("row-max", "log2")]
+    alone.append(errors(equivalences={"softmax": ["uniform"]}))
+    both = errors(equivalences={"softmax": ["uniform", "row-max", "log2"]})
+    least = {name: min(each[name] for each in alone) for name in both}
+    assert both == pytest.approx(least)
+    assert sum(each != pytest.approx(least) for each in alone) >= 2  # grids do differ
+
+
+def test_a_file_keeps_to_its_size(subject, quick, monkeypatch, tmp_path):
+    model, data = subject
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(BudgetError, match="nearest budget that can be met is") as refusal,
+    ):
+        patch.delattr(allocation, "measure")  # refused before the long work
         carsam.quantize(model, data, QuantizeConfig("rtn", RTN, budget="10kB"))
     nearest = str(refusal.value).rpartition(" is ")[2].rstrip(".")
     out = tmp_path / "packed"
