@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from carsam.calibrate.counted import Count
 from carsam.calibrate.ranges import calibrate
 from carsam.calibrate.site_errors import SiteErrors, numbered_parts, relative_error
 from carsam.methods.base import Method
+from carsam.models.forward import encode_image
 from carsam.models.prepare import MakeSoftmax, prepare_model
 from carsam.models.sites import OPERANDS, Sites
 from carsam.pack.bits import packed_size
@@ -34,13 +36,12 @@ from carsam.prompts.image import PromptedImage
 from carsam.quantizers import ActivationQuantizer, UniformSoftmax, simulate
 from carsam.run.walk import fit_weights
 
-# Bits at which every site is tried; those between and beyond follow from them.
-MEASURED = (3, 4, 6)
-# Images that judge, and that set ranges: each judge costs a pass for every site and number of bits.
+# Bits at which sites of the decoder are tried, and those of the encoder, where a try takes most of a pass over an image:
+# what lies between and beyond follows. Encoders tried at all three gave no better plans (docs/BEYOND.md).
+MEASURED, IN_ENCODER = (3, 4, 6), (4,)
+# Images that judge, and that set ranges; of large ones (pixels of a side) fewer, which have as many values.
 JUDGES, RANGES = 2, 8
-# Of larger images (pixels of a side) one judges, and every site is tried at 4 bits alone: six times fewer passes, where
-# one takes seconds and not a tenth of one. On the stand-in that cost a fifteenth of what the budget gains.
-LARGE = 512
+LARGE, LARGE_JUDGES, LARGE_RANGES = 512, 1, 2
 # What the header of a safetensors file says of a tensor, and the scale and zero point of an output channel, in bytes.
 HEADER, PER_CHANNEL = 150, 5
 
@@ -148,7 +149,7 @@ def measure(
     data: CalibrationSet,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Measured:
-    """Error of the mask logits with each site alone rounded to nearest, at :data:`MEASURED` bits; see :data:`LARGE`.
+    """Error of the mask logits with each site alone rounded to nearest, at the bits that :data:`MEASURED` names.
 
     Of a softmax output it is the least among the grids that the method may give it
     (:meth:`~carsam.methods.base.Method.softmax_choices`): which one that is depends on the bits.
@@ -156,32 +157,38 @@ def measure(
     Args as for :func:`plan_for_budget`.
     """
     large = data.images[0].pixel_values.shape[-1] > LARGE
-    count, turns = (1, (4,)) if large else (JUDGES, MEASURED)
+    count, ranges = (LARGE_JUDGES, LARGE_RANGES) if large else (JUDGES, RANGES)
     judges = data.images[-count:] if len(data.images) > count else data.images
-    others = data.images[: max(1, len(data.images) - count)][:RANGES]
+    others = CalibrationSet(tuple(data.images[: max(1, len(data.images) - count)][:ranges]), 0, "")
     base = _prepared(reference, sites, BitPlan(Bits(16, 16)), lambda _s, bits, _r: ActivationQuantizer(bits), _float)
     # The decoder runs for every prompt: counted over an image with few, its activations would be cheaper than they are.
     sizes = _sizes(base, sites, max(data.images, key=lambda image: len(image.boxes)))
     errors = SiteErrors(base, sites, judges)
-    found: dict[tuple[str, str], dict[int, float]] = {}
-    counted = Count(len(turns) * _parts(sites, plan, method), progress)
     first, *further = method.softmax_choices()
-    for bits in turns:
-        tried = replace(plan, default=Bits(bits, bits), overrides=())
+    plans = [
+        replace(
+            plan, default=Bits(bits, bits), overrides=(), within=plan.within if bits in IN_ENCODER else sites.decoder
+        )
+        for bits in MEASURED
+    ]
+    counted = Count(sum(_tries(sites, tried, 1 + len(further)) for tried in plans), progress)
+    encode = functools.cache(functools.partial(encode_image, reference))
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for tried in plans:
         for softmax in (first, *further):
             rounded = _prepared(reference, sites, tried, method.quantizer_for, softmax)
             fit_weights(rounded, method.weight_observer)
-            calibrate(rounded, CalibrationSet(tuple(others), 0, ""), method.activation_observer)
+            calibrate(rounded, others, method.activation_observer, encode=encode if tried.within else None)
             # A layer's attribute is its rounded weight.
             for layer in (rounded.get_submodule(site.name) for site in sites.layers):
                 layer.freeze()
-            parts = [
-                each for each in numbered_parts(rounded, sites) if softmax is first or each[0].attribute == OPERANDS[-1]
-            ]
+            parts = list(numbered_parts(rounded, sites))
+            if softmax is not first:
+                parts = [(part, stage) for part, stage in parts if part.attribute == OPERANDS[-1]]
             for part, stage in counted(parts):
                 error = relative_error(errors.logits_with(rounded, part, stage), errors.targets)
                 known = found.setdefault((part.kind, part.site), {})
-                known[bits] = min(error, known.get(bits, error))
+                known[part.bits] = min(error, known.get(part.bits, error))
 
     def candidates(kind: str) -> list[Candidate]:
         return [Candidate(name, sizes[name], interpolated(e)) for (k, name), e in found.items() if k == kind]
@@ -189,11 +196,10 @@ def measure(
     return Measured(candidates("weight"), candidates("activation"))
 
 
-def _parts(sites: Sites, plan: BitPlan, method: Method) -> int:
-    """What is tried at one number of bits: weights and inputs of layers, operands, and further grids of P."""
-    layers = sum(not plan.leaves(site.name) for site in sites.layers)
-    attentions = sum(not plan.leaves(site.name) for site in sites.attentions)
-    return 2 * layers + (len(OPERANDS) + len(method.softmax_choices()) - 1) * attentions
+def _tries(sites: Sites, plan: BitPlan, grids: int) -> int:
+    """How many tries a plan has: weights and inputs of layers, operands of attentions, and every grid of P."""
+    layers, attentions = (sum(not plan.leaves(site.name) for site in kind) for kind in (sites.layers, sites.attentions))
+    return 2 * layers + (len(OPERANDS) - 1 + grids) * attentions
 
 
 def _float(_site: str, _bits: int) -> UniformSoftmax:
