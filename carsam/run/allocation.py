@@ -36,8 +36,8 @@ from carsam.prompts.image import PromptedImage
 from carsam.quantizers import ActivationQuantizer, UniformSoftmax, simulate
 from carsam.run.walk import fit_weights
 
-# Bits at which sites of the decoder are tried, and those of the encoder, where a try takes most of a pass over an image:
-# what lies between and beyond follows. Encoders tried at all three gave no better plans (docs/BEYOND.md).
+# Bits at which sites of the decoder are tried, and those of the encoder, where a try takes most of a pass over an
+# image: what lies between and beyond follows. Encoders tried at all three gave no better plans (docs/BEYOND.md).
 MEASURED, IN_ENCODER = (3, 4, 6), (4,)
 # Images that judge, and that set ranges; of large ones (pixels of a side) fewer, which have as many values.
 JUDGES, RANGES = 2, 8
