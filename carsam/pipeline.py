@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from carsam.bits.allocation import Budget
 from carsam.calibrate.cache import CacheSpace
 from carsam.config import QuantizeConfig
 from carsam.data.images.normalisation import named_normalisation
@@ -34,6 +35,7 @@ from carsam.pack.layout import pack
 from carsam.pack.writing import Facts, attach
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.clips import data_for
+from carsam.run.allocation import check_affordable
 from carsam.run.context import Hooks, Progress, RunContext
 from carsam.run.embeddings import Embeddings
 from carsam.run.memory import peak_memory
@@ -135,6 +137,8 @@ def quantize(
                 sites.family.compute_in_pieces(reference)
                 run.plan = config.bit_plan(sites)
                 run.plan.check(sites)
+                if config.budget is not None:
+                    check_affordable(Budget.parse(config.budget), reference, sites, run.plan)
             if config.decoder_only:
                 # No transform changes what methods do not see, so the float encoder stays as it is.
                 stack.enter_context((embeddings or Embeddings()).serving(reference))

@@ -83,12 +83,9 @@ def plan_for_budget(
     Raises:
         BudgetError: No plan meets the budget; the message names the nearest that one does.
     """
-    check_budget(budget)
-    quantized = [site.name for site in sites.layers if not plan.leaves(site.name)]
-    overhead = _overhead(reference, sites, quantized)
-    if budget.size is not None:
-        _check_size(budget, overhead, [reference.get_submodule(name).weight.numel() for name in quantized])
+    check_affordable(budget, reference, sites, plan)
     measured = measure(reference, sites, plan, method, data, progress)
+    overhead = _overhead(reference, sites, [each.name for each in measured.weights])
     weights, activations = _search(budget, measured, plan, overhead)
     found: dict[str, Bits] = {}
     for site in sites.layers:  # a layer's path names its weights and its input
@@ -107,9 +104,24 @@ def plan_for_budget(
     return replace(plan, overrides=(*plan.overrides, *found.items())), report
 
 
-def _check_size(budget: Budget, overhead: int, sizes: list[int]) -> None:
-    """Refuses a size that the least bits exceed, before anything is measured."""
-    least = overhead + sum(packed_size(size, MIXED_BITS[0]) for size in sizes)
+def check_affordable(budget: Budget, model: nn.Module, sites: Sites, plan: BitPlan) -> None:
+    """Refuses a budget that the least bits exceed; nothing is measured for it.
+
+    Args:
+        budget: The budget.
+        model: The float model.
+        sites: Its sites.
+        plan: Says what stays in floating point.
+
+    Raises:
+        BudgetError: With the nearest budget that can be met.
+    """
+    check_budget(budget)
+    if budget.size is None:
+        return
+    names = [site.name for site in sites.layers if not plan.leaves(site.name)]
+    overhead = _overhead(model, sites, names)
+    least = overhead + sum(packed_size(model.get_submodule(name).weight.numel(), MIXED_BITS[0]) for name in names)
     if budget.size < least:
         raise BudgetError(
             f"{budget} cannot be met: with {MIXED_BITS[0]} bits for every weight the file has {least / 1e6:.2f} MB, of "
