@@ -68,7 +68,7 @@ def plan_for_budget(
     Args:
         budget: Mean bits: of weights, and of activations weighed by their number of elements over the calibration image
             with the most prompts. Or the size of the weights' file: then activations keep the mean of the given plan's
-            default.
+            default. A video's memory, which no image reaches, has whole bits: those of the mean, or of the plan.
         reference: Float model, after the method's :meth:`~carsam.methods.base.Method.transform`; what the method
             chooses by measuring it chooses for these bits, afterwards.
         sites: All of its sites.
@@ -84,15 +84,19 @@ def plan_for_budget(
         BudgetError: No plan meets the budget; the message names the nearest that one does.
     """
     check_affordable(budget, reference, sites, plan)
-    measured = measure(reference, sites, plan, method, data, progress)
-    overhead = _overhead(reference, sites, [each.name for each in measured.weights])
+    seen = sites.on_images()
+    if budget.bits is not None:  # of what no image reaches
+        whole = min(int(budget.bits), MIXED_BITS[-1])
+        plan = replace(plan, default=Bits(whole, whole))
+    measured = measure(reference, seen, plan, method, data, progress)
+    overhead = _overhead(reference, sites, plan)
     weights, activations = _search(budget, measured, plan, overhead)
     found: dict[str, Bits] = {}
-    for site in sites.layers:  # a layer's path names its weights and its input
+    for site in seen.layers:  # a layer's path names its weights and its input
         if site.name in weights.bits or site.input in activations.bits:
             of_weights = weights.bits.get(site.name, plan.weight_bits(site.name))
             found[site.name] = Bits(of_weights, activations.bits.get(site.input, plan.activation_bits(site.input)))
-    inputs = {site.input for site in sites.layers}
+    inputs = {site.input for site in seen.layers}
     found |= {name: Bits(16, bits) for name, bits in activations.bits.items() if name not in inputs}
     report = {
         "transform": "allocation",
@@ -119,13 +123,13 @@ def check_affordable(budget: Budget, model: nn.Module, sites: Sites, plan: BitPl
     check_budget(budget)
     if budget.size is None:
         return
-    names = [site.name for site in sites.layers if not plan.leaves(site.name)]
-    overhead = _overhead(model, sites, names)
-    least = overhead + sum(packed_size(model.get_submodule(name).weight.numel(), MIXED_BITS[0]) for name in names)
+    overhead = _overhead(model, sites, plan)
+    mixed = [model.get_submodule(site.name) for site in sites.on_images().layers if not plan.leaves(site.name)]
+    least = overhead + sum(packed_size(layer.weight.numel(), MIXED_BITS[0]) for layer in mixed)
     if budget.size < least:
         raise BudgetError(
             f"{budget} cannot be met: with {MIXED_BITS[0]} bits for every weight the file has {least / 1e6:.2f} MB, of "
-            f"which {overhead / 1e6:.2f} MB are not weights that are quantized. The nearest budget that can "
+            f"which {overhead / 1e6:.2f} MB are not weights whose bits are mixed. The nearest budget that can "
             f"be met is {_up(least)}MB."
         )
 
@@ -256,11 +260,13 @@ def _sizes(base: nn.Module, sites: Sites, image: PromptedImage) -> dict[str, int
     return sizes
 
 
-def _overhead(reference: nn.Module, sites: Sites, quantized: list[str]) -> int:
-    """Bytes of the file beside the codes: what stays in half precision, scales, and the header."""
+def _overhead(reference: nn.Module, sites: Sites, plan: BitPlan) -> int:
+    """Bytes of the file beside codes whose bits are mixed: half precision, scales, the header, a memory's weights."""
     state = reference.state_dict()
-    codes = sum(state[f"{name}.weight"].numel() for name in quantized)
-    channels = sum(len(state[f"{name}.weight"]) for name in quantized)
-    halves = sum(value.numel() for value in state.values()) - codes
+    quantized = {site.name: state[f"{site.name}.weight"] for site in sites.layers if not plan.leaves(site.name)}
+    mixed = {site.name for site in sites.on_images().layers}
+    fixed = sum(packed_size(w.numel(), plan.weight_bits(name)) for name, w in quantized.items() if name not in mixed)
+    channels = sum(len(weight) for weight in quantized.values())
+    halves = sum(value.numel() for value in state.values()) - sum(weight.numel() for weight in quantized.values())
     tensors = len(state) + 2 * len(quantized) + 2 * len(sites.activation_names)
-    return 2 * halves + PER_CHANNEL * channels + HEADER * tensors
+    return fixed + 2 * halves + PER_CHANNEL * channels + HEADER * tensors

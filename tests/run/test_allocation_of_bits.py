@@ -172,6 +172,24 @@ def test_a_file_keeps_to_its_size(subject, quick, monkeypatch, tmp_path):
     assert 0.99 * allowed < size <= allowed
 
 
+@pytest.mark.parametrize(("budget", "memory"), [("4.5bits", {4}), ("4.8MB", {6})])
+def test_a_memory_has_whole_bits(quick, tmp_path, budget, memory):
+    """No image reaches it, and images judge."""
+    model = small_model("sam2_video")
+    side = family_of(model).image_size(model)
+    box = torch.tensor([[0.1, 0.1, 0.7, 0.8]]) * side
+    generator = torch.Generator().manual_seed(0)
+    data = CalibrationSet.of(
+        [PromptedImage(str(i), torch.randn(1, 3, side, side, generator=generator), box) for i in range(2)]
+    )
+    out = tmp_path / "packed"
+    carsam.quantize(model, data, QuantizeConfig("rtn", RTN, bits="w6a6", budget=budget), out=out)
+    sites, layers = find_sites(model), layout_of(carsam.load(out))["layers"]
+    images = {site.name for site in sites.on_images().layers}
+    assert {spec["weight"] for name, spec in layers.items() if name not in images} == memory
+    assert len({spec["weight"] for name, spec in layers.items() if name in images}) > 1
+
+
 def test_what_no_model_meets_is_refused_before_anything_is_read():
     with pytest.raises(BudgetError, match="nearest budget that can be met is 3bits"):
         quantize_config(budget="2.5bits", images="nowhere")
