@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,15 @@ class BitPlan:
                     f"the bit setting {pattern!r} matches only sites of the image encoder, which stays in floating "
                     "point when only the decoder is quantized; leave out this setting or --decoder-only."
                 )
+
+    def with_bits(self, bits: int) -> BitPlan:
+        """The plan that leaves the same in floating point and gives all else these bits."""
+
+        def but(given: Bits) -> Bits:
+            return Bits(*(16 if each == 16 else bits for each in (given.weights, given.activations)))
+
+        overrides = tuple((pattern, but(given)) for pattern, given in self.overrides)
+        return replace(self, default=but(self.default), overrides=overrides)
 
     def leaves(self, name: str) -> bool:
         """Whether a site lies where everything stays in floating point."""

@@ -86,8 +86,7 @@ def plan_for_budget(
     check_affordable(budget, reference, sites, plan)
     seen = sites.on_images()
     if budget.bits is not None:  # of what no image reaches
-        whole = min(int(budget.bits), MIXED_BITS[-1])
-        plan = replace(plan, default=Bits(whole, whole))
+        plan = replace(plan, default=plan.with_bits(min(int(budget.bits), MIXED_BITS[-1])).default)
     measured = measure(reference, seen, plan, method, data, progress)
     overhead = _overhead(reference, sites, plan)
     weights, activations = _search(budget, measured, plan, overhead)
@@ -124,8 +123,8 @@ def check_affordable(budget: Budget, model: nn.Module, sites: Sites, plan: BitPl
     if budget.size is None:
         return
     overhead = _overhead(model, sites, plan)
-    mixed = [model.get_submodule(site.name) for site in sites.on_images().layers if not plan.leaves(site.name)]
-    least = overhead + sum(packed_size(layer.weight.numel(), MIXED_BITS[0]) for layer in mixed)
+    mixed = [site.name for site in sites.on_images().layers if plan.weight_bits(site.name) < 16]
+    least = overhead + sum(packed_size(model.get_submodule(name).weight.numel(), MIXED_BITS[0]) for name in mixed)
     if budget.size < least:
         raise BudgetError(
             f"{budget} cannot be met: with {MIXED_BITS[0]} bits for every weight the file has {least / 1e6:.2f} MB, of "
@@ -181,12 +180,8 @@ def measure(
     sizes = _sizes(base, sites, max(data.images, key=lambda image: len(image.boxes)))
     errors = SiteErrors(base, sites, judges)
     first, *further = method.softmax_choices()
-    plans = [
-        replace(
-            plan, default=Bits(bits, bits), overrides=(), within=plan.within if bits in IN_ENCODER else sites.decoder
-        )
-        for bits in MEASURED
-    ]
+    plans = [plan.with_bits(bits) for bits in MEASURED]
+    plans = [each if bits in IN_ENCODER else replace(each, within=sites.decoder) for bits, each in zip(MEASURED, plans)]
     counted = Count(sum(_tries(sites, tried, 1 + len(further)) for tried in plans), progress)
     encode = functools.cache(functools.partial(encode_image, reference))
     found: dict[tuple[str, str], dict[int, float]] = {}
@@ -213,9 +208,11 @@ def measure(
 
 
 def _tries(sites: Sites, plan: BitPlan, grids: int) -> int:
-    """How many tries a plan has: weights and inputs of layers, operands of attentions, and every grid of P."""
-    layers, attentions = (sum(not plan.leaves(site.name) for site in kind) for kind in (sites.layers, sites.attentions))
-    return 2 * layers + (len(OPERANDS) - 1 + grids) * attentions
+    """How many tries a plan has: weights, activations, and every grid of P."""
+    probs = [site.operand(OPERANDS[-1]) for site in sites.attentions]
+    bits = [plan.weight_bits(site.name) for site in sites.layers]
+    bits += [plan.activation_bits(name) for name in (*sites.activation_names, *probs * (grids - 1))]
+    return sum(each < 16 for each in bits)
 
 
 def _float(_site: str, _bits: int) -> UniformSoftmax:
@@ -263,7 +260,7 @@ def _sizes(base: nn.Module, sites: Sites, image: PromptedImage) -> dict[str, int
 def _overhead(reference: nn.Module, sites: Sites, plan: BitPlan) -> int:
     """Bytes of the file beside codes whose bits are mixed: half precision, scales, the header, a memory's weights."""
     state = reference.state_dict()
-    quantized = {site.name: state[f"{site.name}.weight"] for site in sites.layers if not plan.leaves(site.name)}
+    quantized = {site.name: state[f"{site.name}.weight"] for site in sites.layers if plan.weight_bits(site.name) < 16}
     mixed = {site.name for site in sites.on_images().layers}
     fixed = sum(packed_size(w.numel(), plan.weight_bits(name)) for name, w in quantized.items() if name not in mixed)
     channels = sum(len(weight) for weight in quantized.values())

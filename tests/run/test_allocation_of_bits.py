@@ -172,6 +172,37 @@ def test_a_file_keeps_to_its_size(subject, quick, monkeypatch, tmp_path):
     assert 0.99 * allowed < size <= allowed
 
 
+@pytest.mark.parametrize(
+    ("bits", "overrides"),
+    [("w4a4", {"mask_decoder.transformer.layers.0*": "w16a16", "*.probs": "w16a16"}), ("w4a16", {}), ("w16a4", {})],
+)
+def test_what_was_left_in_floating_point_stays_there(subject, quick, tmp_path, bits, overrides):
+    model, data = subject
+    config = QuantizeConfig("rtn", RTN, bits=bits, overrides=overrides, budget="4.5bits")
+    out = tmp_path / "packed"
+    carsam.quantize(model, data, config, out=out, progress=(told := Told()))
+    plan, layout = BitPlan.parse(bits, overrides), layout_of(carsam.load(out))["layers"]
+    for site in find_sites(model).layers:
+        spec = layout.get(site.name, {"weight": 16, "input": {"bits": 16}})
+        assert (spec["weight"] == 16) == (plan.weight_bits(site.name) == 16)
+        assert (spec["input"]["bits"] == 16) == (plan.activation_bits(site.input) == 16)
+    assert told.bits[-1][0] == told.bits[-1][1] > 0
+
+
+class Told:
+    """Keeps what is said of the stage that measures."""
+
+    def __init__(self):
+        self.bits = []
+
+    def __call__(self, *_):
+        pass
+
+    def stage(self, name, done, total):
+        if name == "bits" and total:
+            self.bits.append((done, total))
+
+
 @pytest.mark.parametrize(("budget", "memory"), [("4.5bits", {4}), ("4.8MB", {6})])
 def test_a_memory_has_whole_bits(quick, tmp_path, budget, memory):
     """No image reaches it, and images judge."""
