@@ -118,6 +118,14 @@ class BitPlan:
         overrides = tuple((pattern, but(given)) for pattern, given in self.overrides)
         return replace(self, default=but(self.default), overrides=overrides)
 
+    def among(self, sites: Sites) -> BitPlan:
+        """The plan without the overrides that :meth:`check` would refuse for these sites, some of a model's."""
+
+        def met(pattern: str) -> bool:
+            return any(fnmatchcase(name, pattern) and not self.leaves(name) for name in sites.names)
+
+        return replace(self, overrides=tuple(each for each in self.overrides if met(each[0])))
+
     def leaves(self, name: str) -> bool:
         """Whether a site lies where everything stays in floating point."""
         return bool(self.within) and not name.startswith(f"{self.within}.")

@@ -174,7 +174,12 @@ def test_a_file_keeps_to_its_size(subject, quick, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("bits", "overrides"),
-    [("w4a4", {"mask_decoder.transformer.layers.0*": "w16a16", "*.probs": "w16a16"}), ("w4a16", {}), ("w16a4", {})],
+    [
+        ("w4a4", {"mask_decoder.transformer.layers.0*": "w16a16", "*.probs": "w16a16"}),
+        ("w4a4", {"vision_encoder.layers.0*": "w16a16"}),
+        ("w4a16", {}),
+        ("w16a4", {}),
+    ],
 )
 def test_what_was_left_in_floating_point_stays_there(subject, quick, tmp_path, bits, overrides):
     model, data = subject
@@ -203,7 +208,7 @@ class Told:
             self.bits.append((done, total))
 
 
-@pytest.mark.parametrize(("budget", "memory"), [("4.5bits", {4}), ("4.8MB", {6})])
+@pytest.mark.parametrize(("budget", "memory"), [("4.5bits", {4}), ("6.5MB", {6})])
 def test_a_memory_has_whole_bits(quick, tmp_path, budget, memory):
     """No image reaches it, and images judge."""
     model = small_model("sam2_video")
@@ -214,10 +219,12 @@ def test_a_memory_has_whole_bits(quick, tmp_path, budget, memory):
         [PromptedImage(str(i), torch.randn(1, 3, side, side, generator=generator), box) for i in range(2)]
     )
     out = tmp_path / "packed"
-    carsam.quantize(model, data, QuantizeConfig("rtn", RTN, bits="w6a6", budget=budget), out=out)
+    overrides = {"memory_encoder*": "w16a16"}  # of nothing that images judge
+    config = QuantizeConfig("rtn", RTN, bits="w6a6", overrides=overrides, budget=budget)
+    carsam.quantize(model, data, config, out=out)
     sites, layers = find_sites(model), layout_of(carsam.load(out))["layers"]
     images = {site.name for site in sites.on_images().layers}
-    assert {spec["weight"] for name, spec in layers.items() if name not in images} == memory
+    assert {spec["weight"] for name, spec in layers.items() if name not in images} - {16} == memory
     assert len({spec["weight"] for name, spec in layers.items() if name in images}) > 1
 
 
