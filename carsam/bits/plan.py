@@ -97,7 +97,7 @@ class BitPlan:
             ConfigError: A pattern matches no site (a typo would otherwise pass in silence), or none that is quantized.
         """
         for pattern, _ in self.overrides:
-            matched = [name for name in sites.names if fnmatchcase(name, pattern)]
+            matched = _matched(pattern, sites)
             if not matched:
                 raise ConfigError(
                     f"the bit setting {pattern!r} matches no site; site names look like "
@@ -120,11 +120,8 @@ class BitPlan:
 
     def among(self, sites: Sites) -> BitPlan:
         """The plan without the overrides that :meth:`check` would refuse for these sites, some of a model's."""
-
-        def met(pattern: str) -> bool:
-            return any(fnmatchcase(name, pattern) and not self.leaves(name) for name in sites.names)
-
-        return replace(self, overrides=tuple(each for each in self.overrides if met(each[0])))
+        kept = (each for each in self.overrides if not all(map(self.leaves, _matched(each[0], sites))))
+        return replace(self, overrides=tuple(kept))
 
     def leaves(self, name: str) -> bool:
         """Whether a site lies where everything stays in floating point."""
@@ -146,3 +143,8 @@ class BitPlan:
     def activation_bits(self, site: str) -> int:
         """Bits of an activation site; a layer's own path stands for its input as well."""
         return self._bits(site, site.removesuffix(".input")).activations
+
+
+def _matched(pattern: str, sites: Sites) -> list[str]:
+    """Names of sites that a pattern means."""
+    return [name for name in sites.names if fnmatchcase(name, pattern)]

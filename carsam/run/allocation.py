@@ -180,9 +180,10 @@ def measure(
     sizes = _sizes(base, sites, max(data.images, key=lambda image: len(image.boxes)))
     errors = SiteErrors(base, sites, judges)
     first, *further = method.softmax_choices()
-    plans = [plan.with_bits(bits) for bits in MEASURED]
-    plans = [each if bits in IN_ENCODER else replace(each, within=sites.decoder) for bits, each in zip(MEASURED, plans)]
-    plans = [each.among(sites) for each in plans]
+    plans = [
+        replace(plan.with_bits(bits), within=plan.within if bits in IN_ENCODER else sites.decoder).among(sites)
+        for bits in MEASURED
+    ]
     counted = Count(sum(_tries(sites, tried, 1 + len(further)) for tried in plans), progress)
     encode = functools.cache(functools.partial(encode_image, reference))
     found: dict[tuple[str, str], dict[int, float]] = {}
