@@ -31,7 +31,7 @@ from carsam.quantizers import RowMaximumSoftmax, SoftmaxQuantizer, UniformSoftma
 from carsam.transform.attention_equivalences import centre_values
 from carsam.transform.calls import captured_calls, island
 from carsam.transform.choice import Trial
-from carsam.transform.statistics import run_hooked
+from carsam.transform.statistics import hooked, pass_over
 
 # Values of one pass that medians and most frequent values are found from, by their stride.
 STRIDE, BINS = 17, 100
@@ -65,7 +65,9 @@ def values_of(model: nn.Module, sites: Sites, data: CalibrationSet, images: int)
         (site.value.layer, lambda _x, out, name=site.name: found[name].append(out.flatten(0, -2)[::STRIDE].clone()))
         for site in sites.attentions
     ]
-    run_hooked(model, sites, data, hooks, images)
+    with hooked(model, hooks):
+        for image in data.images[:images]:
+            pass_over(model, sites, image)
     return {name: torch.cat(each) for name, each in found.items()}
 
 

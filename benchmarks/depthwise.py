@@ -18,9 +18,8 @@ import carsam
 from carsam.bits.plan import Bits
 from carsam.models.family import find_sites
 from carsam.models.sites import DEPTHWISE
-from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers import ActivationQuantizer, ChannelQuantizer, SiteQuantizer
-from carsam.transform.statistics import run_hooked
+from carsam.transform.statistics import hooked, pass_over
 
 
 @torch.no_grad()
@@ -49,7 +48,9 @@ def main() -> None:
     names = [site.name for site in sites.layers if site.role == DEPTHWISE]
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     hooks = [(name, lambda x, _out, into=into: into.append(x.detach().clone())) for name, into in seen.items()]
-    run_hooked(model, sites, CalibrationSet.of(data.images), hooks)
+    with hooked(model, hooks):
+        for image in data.images:
+            pass_over(model, sites, image)
     options.head("layer", "reach: tenth", "median", "largest", "error, one step", "a step for each channel")
     for name, maps in seen.items():
         layer = model.get_submodule(name)

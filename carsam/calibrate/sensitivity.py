@@ -177,10 +177,8 @@ class _Passes:
         prefix = self.sites.decoder if stage is None else stage.name
         return [name for name in self.layers if name.startswith(prefix + ".")]
 
-    def known(self, index: int, data: CalibrationSet, encoded: Sequence[Tensors]) -> list[Tensors] | None:
+    def known(self, index: int, data: CalibrationSet) -> list[Tensors] | None:
         """What the encoder gives on an image, where somebody computed it before."""
-        if index < len(encoded):
-            return [encoded[index]]
         embedding = data.embedding(index)
         return None if embedding is None else [{ENCODED: embedding.to(self.device)}]
 
@@ -250,7 +248,6 @@ def mask_sensitivity(
     data: CalibrationSet,
     settings: SensitivitySettings,
     *,
-    encoded: Sequence[Tensors] = (),
     seed: int = 0,
     counted: Counted = uncounted,
 ) -> MaskSensitivity | None:
@@ -263,9 +260,8 @@ def mask_sensitivity(
     Args:
         model: The float model.
         sites: The sites to treat.
-        data: Calibration images.
+        data: Calibration images; where their embeddings are known, the encoder does not run.
         settings: Of it.
-        encoded: What the encoder gives on the first of the images, where that is known.
         seed: Of the directions.
         counted: Given the images.
 
@@ -281,7 +277,7 @@ def mask_sensitivity(
         torch.manual_seed(seed)
         for index, image in enumerate(counted(data.images)):
             squares: dict[str, Tensor] = {}
-            inputs = passes.known(index, data, encoded) if not settings.encoder else None
+            inputs = passes.known(index, data) if not settings.encoder else None
             inputs = inputs or passes.forwards(image)
             pulls = passes.decoder(inputs[-1], image, settings.draws, squares)
             if pulls is None:

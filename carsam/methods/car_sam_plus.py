@@ -19,6 +19,7 @@ from carsam.compensate.refit import RefitReport, RefitSettings, refit_layers
 from carsam.compensate.spread import restore_layers
 from carsam.errors import ConfigError
 from carsam.methods.car_sam import CarSam
+from carsam.models.family import ENCODED
 from carsam.models.prepare import MakeSoftmax
 from carsam.models.sites import DEPTHWISE, ResidualStream, Sites
 from carsam.prompts.calibration import CalibrationSet
@@ -216,9 +217,10 @@ class CarSamPlus(CarSam):
         statistics, hooks = operand_statistics(model, sites.attentions, pairs=pairs)
         count = max(settings.images, settings.map_images if settings.map_steps else 0)
         calls, encoded = captured_calls(model, sites, data, count, hooks, counted)
+        data = data.with_first_embeddings([each[ENCODED] for each in encoded])
         sensitivity, weights = None, unweighed
         if self.masks.share > 0:
-            sensitivity = mask_sensitivity(model, sites, data, self.masks, encoded=encoded, counted=counted)
+            sensitivity = mask_sensitivity(model, sites, data, self.masks, counted=counted)
             if sensitivity is None:
                 why = f"The masks of {sites.family.name} models cannot be differentiated to weigh errors by them."
                 reports.append({"transform": "mask sensitivity", "refused": why})

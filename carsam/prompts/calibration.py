@@ -58,6 +58,10 @@ class CalibrationSet:
         found = self.embeddings[index] if index < len(self.embeddings) else None
         return None if found is None else found.float()
 
+    def with_first_embeddings(self, found: Sequence[Tensor]) -> CalibrationSet:
+        """The set with embeddings of its first images, one by one."""
+        return replace(self, embeddings=(*found, *self.embeddings[len(found) :]))
+
     def with_embeddings(self, known: Sequence[tuple[Tensor, Tensor]]) -> CalibrationSet:
         """The set with embeddings of those images whose very pixels are among ``known``, with their embeddings."""
         by_pixels = {id(pixels): embedding for pixels, embedding in known}

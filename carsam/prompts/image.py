@@ -22,6 +22,8 @@ from carsam.data.images.transforms import Geometry
 
 # Smaller objects are noise at SAM's resolution of one mask cell for 4 × 4 input pixels.
 MIN_BOX_AREA = 100.0
+# Pixels a side from which on an image has as many tokens as several small ones, and a pass over it takes long.
+LARGE = 512
 # Prompts decoded at once.
 PROMPTS_PER_BATCH = 16
 
@@ -47,6 +49,11 @@ class PromptedImage:
     image_boxes: np.ndarray | None = field(default=None, repr=False)
     truth: tuple[Rle, ...] | None = field(default=None, repr=False)
     read: Callable[[], np.ndarray] | None = field(default=None, repr=False)
+
+    @property
+    def large(self) -> bool:
+        """Whether the model's input frame has more than :data:`LARGE` pixels a side."""
+        return self.pixel_values.shape[-1] > LARGE
 
     @classmethod
     def with_image_boxes(

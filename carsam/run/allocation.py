@@ -39,9 +39,9 @@ from carsam.run.walk import fit_weights
 # Bits at which sites of the decoder are tried, and those of the encoder, where a try takes most of a pass over an
 # image: what lies between and beyond follows. Encoders tried at all three gave no better plans (docs/BEYOND.md).
 MEASURED, IN_ENCODER = (3, 4, 6), (4,)
-# Images that judge, and that set ranges; of large ones (pixels of a side) fewer, which have as many values.
+# Images that judge, and that set ranges; of large ones fewer, which have as many values.
 JUDGES, RANGES = 2, 8
-LARGE, LARGE_JUDGES, LARGE_RANGES = 512, 1, 2
+LARGE_JUDGES, LARGE_RANGES = 1, 2
 # What the header of a safetensors file says of a tensor, and the scale and zero point of an output channel, in bytes.
 HEADER, PER_CHANNEL = 150, 5
 
@@ -171,8 +171,7 @@ def measure(
 
     Args as for :func:`plan_for_budget`.
     """
-    large = data.images[0].pixel_values.shape[-1] > LARGE
-    count, ranges = (LARGE_JUDGES, LARGE_RANGES) if large else (JUDGES, RANGES)
+    count, ranges = (LARGE_JUDGES, LARGE_RANGES) if data.images[0].large else (JUDGES, RANGES)
     judges = data.images[-count:] if len(data.images) > count else data.images
     others = CalibrationSet(tuple(data.images[: max(1, len(data.images) - count)][:ranges]), 0, "")
     base = _prepared(reference, sites, BitPlan(Bits(16, 16)), lambda _s, bits, _r: ActivationQuantizer(bits), _float)

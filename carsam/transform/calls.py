@@ -15,7 +15,7 @@ from carsam.models.family import Tensors
 from carsam.models.sites import AttentionSite, Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers.sampling import step_for
-from carsam.transform.statistics import hooked, pass_over
+from carsam.transform.statistics import enough_in_encoder, hooked, pass_over
 
 # Every third image judges what the others set ranges on.
 JUDGES = 3
@@ -146,12 +146,14 @@ def captured_calls(
 ) -> tuple[dict[str, Calls], list[Tensors]]:
     """Calls of every attention, from one pass of the float model over each image; and what its encoder gave.
 
+    Large images with a known embedding show the decoder alone, beyond the first few.
+
     Args:
         model: Float model.
         sites: The sites to treat.
         data: Calibration images; the first of them are used, every third judges.
         images: How many.
-        hooks: What else looks on, as in :func:`carsam.transform.statistics.run_hooked`.
+        hooks: What else looks on, as in :func:`carsam.transform.statistics.hooked`.
         counted: Given the images.
 
     Returns:
@@ -180,7 +182,8 @@ def captured_calls(
             for index, image in enumerate(counted(data.images[:images])):
                 at = index
                 judging = index % JUDGES == JUDGES - 1
-                given = pass_over(model, sites, replace(image, boxes=image.boxes[:PROMPTS]))
+                known = data.embedding(index) if enough_in_encoder(data, index) else None
+                given = pass_over(model, sites, replace(image, boxes=image.boxes[:PROMPTS]), known)
                 if given is not None:
                     encoded.append(given)
     finally:

@@ -22,7 +22,7 @@ from carsam.transform.calls import JUDGES
 from carsam.transform.choice import LEAST_GAIN
 from carsam.transform.norm_scale import scale_norm, shift_norm, smoothing
 from carsam.transform.operands import Refused
-from carsam.transform.statistics import ChannelStatistics, input_statistics, run_hooked
+from carsam.transform.statistics import ChannelStatistics, enough_in_encoder, hooked, input_statistics, pass_over
 
 # Tokens of an image, and output channels that are looked at: each has a grid of its own, found by a search.
 ROWS, CHANNELS = 512, 256
@@ -160,10 +160,13 @@ def _capture(
         into = rows[layer].judge if judging else rows[layer].fit
         into.append(flat[:: odd_step_within(len(flat), ROWS)].clone())
 
-    for index in range(min(images, len(data.images))):
-        judging = index % JUDGES == JUDGES - 1
-        hooks = [(layer, lambda x, _out, layer=layer: see(layer, x)) for layer in layers]
-        run_hooked(model, sites, CalibrationSet(data.images[index : index + 1], 0, ""), [*others, *hooks])
+    hooks = [(layer, lambda x, _out, layer=layer: see(layer, x)) for layer in layers]
+    with hooked(model, [*others, *hooks]):
+        for index, image in enumerate(data.images[:images]):
+            if enough_in_encoder(data, index):  # norms that one layer alone reads lie in encoders
+                break
+            judging = index % JUDGES == JUDGES - 1
+            pass_over(model, sites, image)
     return rows
 
 

@@ -25,7 +25,7 @@ from carsam.quantizers.shifted import Shift, ShiftedQuantizer, ShiftedRecord
 from carsam.quantizers.uniform import UniformRecord
 from carsam.transform.calls import JUDGES
 from carsam.transform.choice import LEAST_GAIN
-from carsam.transform.statistics import run_hooked
+from carsam.transform.statistics import enough_in_encoder, hooked, pass_over
 
 # Rows of an image that judge.
 ROWS = 192
@@ -83,7 +83,8 @@ def choose_ranges(
     Args:
         model: Float model.
         sites: The sites to treat.
-        data: Calibration images; the first of them are used, every third judges.
+        data: Calibration images; the first of them are used, every third judges. Large ones with a known embedding
+            show the decoder alone, beyond the first few.
         plan: Bits of the layers' inputs.
         observers: To choose from; the first is the usual one.
         shifts: Try a shift for every channel as well, at layers of single points with fewer than 8 bits.
@@ -124,7 +125,8 @@ def choose_ranges(
                 seen[name].weights.append(rows.new_ones(rows.shape[1]) if own is None else sampled_rows(own, ROWS))
 
         hooks = [(name, lambda x, _out, name=name, see=see: see(name, x)) for name in layers]
-        run_hooked(model, sites, CalibrationSet((image,), 0, ""), hooks)
+        with hooked(model, hooks):
+            pass_over(model, sites, image, data.embedding(index) if enough_in_encoder(data, index) else None)
 
     chosen: dict[str, str | Shift] = {}
     reports = []

@@ -15,6 +15,8 @@ from carsam.models.sites import AttentionSite, Sites
 from carsam.prompts.calibration import CalibrationImage, CalibrationSet
 
 OPERANDS = ("query", "key", "value")
+# Large images on which the encoder is watched.
+FEW = 3
 
 
 @dataclass
@@ -75,13 +77,25 @@ class ChannelStatistics:
         return torch.maximum(self.low.abs(), self.high.abs())
 
 
-def pass_over(model: nn.Module, sites: Sites, image: CalibrationImage) -> Tensors | None:
+def enough_in_encoder(data: CalibrationSet, index: int) -> bool:
+    """Whether images before this one show enough of the encoder, so that the decoder alone need be watched on it.
+
+    A large image has as many tokens as several small ones, and a pass of the encoder over it takes seconds (ViT-B's 15
+    of one thread). Images for the decoder differ by their prompts as well, and it costs little.
+    """
+    return data.images[index].large and index >= FEW
+
+
+def pass_over(
+    model: nn.Module, sites: Sites, image: CalibrationImage, embedding: Tensor | None = None
+) -> Tensors | None:
     """One pass over an image with its prompts, from its embedding where that reaches all sites.
 
     Args:
         model: Float model.
         sites: The sites that are to be reached.
         image: A calibration image.
+        embedding: What the encoder gives, if that is known and the encoder need not be watched.
 
     Returns:
         What the encoder gave; None where the pass is the family's own.
@@ -90,7 +104,9 @@ def pass_over(model: nn.Module, sites: Sites, image: CalibrationImage) -> Tensor
     decodes = type(sites.family).decode is not Family.decode
     if decodes and not sites.memory_stages:
         with torch.no_grad():
-            encoded = {ENCODED: encode_image(model, image.pixel_values.to(model.device))}
+            if embedding is None:
+                embedding = encode_image(model, image.pixel_values.to(model.device))
+            encoded = {ENCODED: embedding.to(model.device)}
             if sites.family.decode(model, encoded, image) is not None:
                 return encoded
     sites.family.forward(model, image)
@@ -99,7 +115,7 @@ def pass_over(model: nn.Module, sites: Sites, image: CalibrationImage) -> Tensor
 
 @contextmanager
 def hooked(model: nn.Module, hooks: Iterable[tuple[str, Callable[[Tensor, Tensor], None]]]) -> Iterator[None]:
-    """While the block runs, hooks look at the inputs and outputs of layers, as :func:`run_hooked` says."""
+    """While the block runs, hooks ``(path, hook)`` are called with the input and the output of the module there."""
     handles = [
         model.get_submodule(path).register_forward_hook(lambda _module, args, out, hook=hook: hook(args[0], out))
         for path, hook in hooks
@@ -109,27 +125,6 @@ def hooked(model: nn.Module, hooks: Iterable[tuple[str, Callable[[Tensor, Tensor
     finally:
         for handle in handles:
             handle.remove()
-
-
-def run_hooked(
-    model: nn.Module,
-    sites: Sites,
-    data: CalibrationSet,
-    hooks: Iterable[tuple[str, Callable[[Tensor, Tensor], None]]],
-    images: int | None = None,
-) -> None:
-    """Runs the model over calibration images while hooks look at the inputs and outputs of layers.
-
-    Args:
-        model: Float model.
-        sites: Its sites.
-        data: Calibration images.
-        hooks: ``(path, hook)``; the hook is called with the input and the output of the module at the path.
-        images: Only so many of the images.
-    """
-    with hooked(model, hooks):
-        for image in data.images[:images]:
-            pass_over(model, sites, image)
 
 
 def operand_statistics(

@@ -15,7 +15,7 @@ from carsam.compensate.refit import RefitSettings, refit_layers
 from carsam.config import QuantizeConfig
 from carsam.errors import ConfigError
 from carsam.methods.base import create
-from carsam.models.family import ENCODED, family_of, find_sites
+from carsam.models.family import family_of, find_sites
 from carsam.models.forward import encode_image, remembered
 from carsam.pipeline import quantize
 from carsam.prompts.calibration import CalibrationSet
@@ -138,9 +138,9 @@ def test_embeddings_that_are_known_are_not_computed_again(name, monkeypatch):
     assert [each is None for each in held.embeddings] == [True, False, False] and data.embeddings == ()
     assert held.fingerprint == data.fingerprint
     with torch.no_grad():
-        first = [{ENCODED: encode_image(model, data.images[0].pixel_values)}]
+        held = held.with_first_embeddings([encode_image(model, data.images[0].pixel_values)])
     monkeypatch.setattr(sensitivity._Passes, "forwards", None)
-    found = mask_sensitivity(model, sites, held, SensitivitySettings(**asked), encoded=first)
+    found = mask_sensitivity(model, sites, held, SensitivitySettings(**asked))
     assert found.rows.keys() == wanted.rows.keys()
     for layer, rows in wanted.rows.items():
         for given, expected in zip(found.rows[layer], rows):

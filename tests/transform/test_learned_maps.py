@@ -8,7 +8,9 @@ import torch
 from small_models import small_model
 
 from carsam.bits.plan import BitPlan, Bits
-from carsam.models.family import family_of, find_sites
+from carsam.models.family import ENCODED, family_of, find_sites
+from carsam.models.forward import watched
+from carsam.prompts import image as prompted
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
 from carsam.quantizers import ActivationQuantizer, softmax_grids
@@ -16,6 +18,8 @@ from carsam.quantizers.ranges import Range, observed_grid
 from carsam.transform import learned_maps
 from carsam.transform.calls import captured_calls, small_calls
 from carsam.transform.learned_maps import learn_maps
+from carsam.transform.norm_choice import choose_norms
+from carsam.transform.range_choice import choose_ranges
 
 W4A4 = BitPlan(Bits(4, 4))
 
@@ -129,3 +133,37 @@ def test_every_attention_is_called_once_an_image_also_where_a_family_does_not_de
     assert encoded == []
     for calls in (with_decode, without):
         assert all((each.fit_images, each.judge_images) == ([0, 1, 3, 4], [2, 5]) for each in calls.values())
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2", "tinyvit"])
+def test_of_large_images_a_few_show_the_encoder_and_all_show_the_decoder(name, monkeypatch):
+    model, sites, data = subject(name)
+    small, encoded = captured_calls(model, sites, data, 6)
+    encodings: list[str] = []
+
+    def around(half, run):
+        encodings.append(half)
+        return run()
+
+    monkeypatch.setattr(prompted, "LARGE", data.images[0].pixel_values.shape[-1] - 1)
+    with watched(around):
+        unknown, _ = captured_calls(model, sites, data, 6)
+    assert encodings.count("encode") == 6, "embeddings that nobody knows must be computed"
+    known, encodings[:] = data.with_first_embeddings([each[ENCODED] for each in encoded]), []
+    with watched(around):
+        large, found = captured_calls(model, sites, known, 6)
+        assert encodings.count("encode") == 3
+        torch.testing.assert_close(found, encoded)
+        ranges, _ = choose_ranges(model, sites, known, W4A4, observers=("mse", "min-max"), shifts=True)
+        assert encodings.count("encode") == 6
+        choose_norms(copy.deepcopy(model), sites, known, W4A4, strengths=(0.5,), shift=False)
+        assert encodings.count("encode") == 9
+    layers = {site.input for site in sites.layers if site.name.startswith(sites.decoder)}
+    usual, _ = choose_ranges(model, sites, data, W4A4, observers=("mse", "min-max"), shifts=True)
+    assert {site for site in ranges if site in layers} == {site for site in usual if site in layers} != set()
+    for site in sites.attentions:
+        seen = ([0, 1, 3, 4], [2, 5]) if site.name.startswith(sites.decoder) else ([0, 1], [2])
+        assert (large[site.name].fit_images, large[site.name].judge_images) == seen
+        assert len(unknown[site.name].fit) == len(small[site.name].fit) == 4
+        for few, many in zip(large[site.name].fit, small[site.name].fit):
+            torch.testing.assert_close(few, many)
