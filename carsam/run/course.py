@@ -11,6 +11,9 @@ _FIRST, _LAST = STAGES[: STAGES.index("ranges")], STAGES[STAGES.index("units") +
 
 # Before any unit is measured, the stages before them are taken for this share of the whole.
 _BEFORE_UNITS = 0.05
+# Where something is measured or chosen before them, which can take as long as they do: what follows takes so many times
+# as long as that stage. Units that learn take three times as long as the choices, those that do not about as long.
+_MEASURING, _BEHIND_MEASURING = ("bits", "choices"), 3.0
 # What follows the units takes about this share of their time.
 _AFTER_UNITS = 0.03
 # A unit's ranges and errors cost about as much as this many of its steps, where nothing is measured yet.
@@ -102,6 +105,9 @@ class Course:
             done = _BEFORE_UNITS if left is None else elapsed / max(1e-9, elapsed + left)
         elif self._stage == "ranges":
             done = _BEFORE_UNITS + (1 - _BEFORE_UNITS - _AFTER_UNITS) * self._within
+        elif self._stage in _MEASURING and self._within:
+            whole = (self._clock() - self._stage_started) / self._within
+            done = self.elapsed / max(1e-9, self.elapsed + whole * (1 - self._within + _BEHIND_MEASURING))
         else:
             position = _FIRST.index(self._stage) if self._stage in _FIRST else 0
             done = _BEFORE_UNITS * (position + self._within) / len(_FIRST)

@@ -60,6 +60,29 @@ def test_time_left_follows_what_was_measured():
     assert course.seconds == pytest.approx({"preparing": 10, "units": 110, "packing": 1})
 
 
+@pytest.mark.parametrize("each", [1, 3])
+def test_choices_that_take_as_long_as_the_units_show_in_the_share(each):
+    clock, shares = Clock(), []
+    course = Course(clock)
+    course.stage("preparing", 0, 0)
+    course.stage("choices", 0, 10)
+    for done in range(1, 11):
+        clock.now += 10
+        course.stage("choices", done, 10)
+        shares.append(course.share)
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(0.25, abs=0.01)
+    units = [PlannedUnit(f"encoder {i}", "encoder", 0) for i in range(10)]
+    course.expect(units)
+    course.stage("units", 0, 10)
+    for index in range(10):
+        course.unit(index, 0)
+        shares.append(course.share)
+        clock.now += 10 * each
+    assert shares == sorted(shares)
+    # After the first unit it is known how long they take.
+    assert shares[11] == pytest.approx((100 + 10 * each) / (100 + 100 * each), abs=0.02)
+
+
 def test_kept_units_do_not_count_as_quick_ones():
     clock = Clock()
     course = Course(clock)
