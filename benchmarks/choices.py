@@ -39,16 +39,17 @@ class Scores:
     ious: list[float]
 
 
-def row_of(text: str, arguments: argparse.Namespace) -> tuple[str, QuantizeConfig]:
+def row_of(text: str, arguments: argparse.Namespace) -> tuple[str, QuantizeConfig, int | None]:
     """Label and quantization of ``LABEL=METHOD name=value …``; a dot in a name leads into a nested setting.
 
-    ``budget=4.0bits`` mixes bits under that budget.
+    ``budget=4.0bits`` mixes bits under that budget, ``images=8`` quantizes on the first eight images alone.
     """
     label, _, rest = text.partition("=")
     method, *changes = rest.split()
     settings: dict[str, Any] = parse_assignments(changes)
-    budget = settings.pop("budget", None)
-    return label, QuantizeConfig(method, settings, arguments.bits, decoder_only=arguments.decoder_only, budget=budget)
+    budget, images = settings.pop("budget", None), settings.pop("images", None)
+    config = QuantizeConfig(method, settings, arguments.bits, decoder_only=arguments.decoder_only, budget=budget)
+    return label, config, images
 
 
 @torch.no_grad()
@@ -102,8 +103,8 @@ def main() -> None:
     floats = masks_of(model, judge)
     options.head("row", "IoU with the float masks", "to the first row (95 %)")
     first = None
-    for label, config in (row_of(text, arguments) for text in arguments.row):
-        packed = carsam.quantize(model, solve, config).model
+    for label, config, images in (row_of(text, arguments) for text in arguments.row):
+        packed = carsam.quantize(model, CalibrationSet.of(solve.images[:images]), config).model
         scores = agreement(masks_of(packed, judge), floats)
         ious = [iou for image in scores for iou in image.ious]
         difference = None if first is None else difference_interval(scores, first)

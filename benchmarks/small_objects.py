@@ -47,14 +47,13 @@ def main() -> None:
 
     model = carsam.load_model(arguments.model)
     solving, judging = drawn(model, arguments)
-    solve = CalibrationSet.of(solving)
     generator = torch.Generator().manual_seed(arguments.seed)
     judge = CalibrationSet.of([with_smaller(image, generator) for image in judging])
     areas = torch.cat([(image.boxes[:, 2:] - image.boxes[:, :2]).prod(1) for image in judge.images])
     floats = masks_of(model, judge)
     options.head("row", "box, px²", "boxes", "IoU with the float masks", "places, float", "places")
-    for label, config in (row_of(text, arguments) for text in arguments.row):
-        masks = masks_of(carsam.quantize(model, solve, config).model, judge)
+    for label, config, images in (row_of(text, arguments) for text in arguments.row):
+        masks = masks_of(carsam.quantize(model, CalibrationSet.of(solving[:images]), config).model, judge)
         ious = torch.tensor([iou for image in agreement(masks, floats) for iou in image.ious])
         places = [torch.cat([each.sum((1, 2)) for each in found]).float() for found in (floats, masks)]
         for low, high in pairwise(BINS):
