@@ -343,9 +343,11 @@ class CarSamPlus(CarSam):
     def _passes(
         self, model: nn.Module, unit: Unit, data: UnitData, layers: list[str], device: torch.device
     ) -> QuantizedPasses:
+        # Not the unit's data: what it leaves out of passes knows them, and a ring is freed late or never.
+        inputs = data.quantized
         runs = [
-            lambda index=index: run_unit(model, unit, data.quantized.get(index, device))
-            for index in range(min(len(data.quantized), self.refit.items))
+            lambda index=index: run_unit(model, unit, inputs.get(index, device))
+            for index in range(min(len(inputs), self.refit.items))
         ]
         return QuantizedPasses(model, layers, runs)
 

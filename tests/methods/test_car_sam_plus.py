@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import logging
 
 import pytest
@@ -11,6 +12,7 @@ from small_models import small_model
 import carsam
 from carsam.bits.plan import BitPlan, Bits
 from carsam.commands.recipe import quantize_config
+from carsam.compensate.passes import QuantizedPasses
 from carsam.config import QuantizeConfig
 from carsam.errors import ConfigError
 from carsam.methods import car_sam_plus
@@ -103,6 +105,26 @@ def test_fast_learns_nothing_and_beats_rounding_to_nearest(name):
     layout = fast.model.config.quantization_config.layout["attentions"]
     chosen = {r["attention"]: r["softmax"] for r in fast.report.transforms if r["transform"] == "foldings"}
     assert {path: operands["probs"]["grid"] for path, operands in layout.items()} == chosen
+
+
+@pytest.mark.parametrize("settings", [{"learn": False}, {"reconstruction": {"steps": 1, "decoder_steps": 1}}])
+def test_what_the_refit_of_a_unit_keeps_is_freed_before_the_next(settings):
+    model, data = subject("sam")
+    few = {"foldings": [], "smoothing": [], "shift": False, "observers": [], "images": 3, "map_steps": 0}
+    alive = []
+
+    def progress(unit, n_units, name, step, n_steps):
+        if step == 0:
+            alive.append(sum(type(each) is QuantizedPasses for each in gc.get_objects()))
+
+    gc.collect()
+    gc.disable()  # inputs of a ViT-B's MLPs, 0.4 GB with eight images, wait for no collector
+    try:
+        config = QuantizeConfig("car-sam-plus", {**QUICK, "equivalences": few, **settings}, decoder_only=True)
+        quantize(model, data, config, progress=progress)
+    finally:
+        gc.enable()
+    assert len(alive) > 3 and not any(alive)
 
 
 def test_learned_units_get_their_spread_back_where_layers_are_fitted(monkeypatch):
