@@ -40,7 +40,8 @@ class CalibrationSet:
         images: In the order of the seeded choice.
         skipped: Images that were chosen but missing or unreadable.
         fingerprint: SHA-256 over pixels and boxes; equal fingerprints mean equal data.
-        embeddings: Of the images, by the model that they are there for, float16; None where they are not known.
+        embeddings: Of the images, by the model that they are there for, in single or half precision; None where they
+            are not known.
     """
 
     images: tuple[CalibrationImage, ...]
@@ -54,7 +55,7 @@ class CalibrationSet:
         return cls(tuple(images), skipped, _fingerprint(images))
 
     def embedding(self, index: int) -> Tensor | None:
-        """An image's embedding in single precision, on the CPU; None where it is not known."""
+        """An image's embedding in single precision; None where it is not known."""
         found = self.embeddings[index] if index < len(self.embeddings) else None
         return None if found is None else found.float()
 
