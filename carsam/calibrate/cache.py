@@ -1,8 +1,9 @@
 """The activation cache: inputs and targets of a unit for all calibration images, in half precision.
 
-Two things keep ViT-H within a workstation's memory: tensors that repeat over their first dimension (the image embedding
-before the first decoder block is the same for every prompt of an image, positional embeddings always are) are stored
-once, and beyond a budget tensors lie in memory-mapped files. On a GPU they stay there while a quarter of its free
+Three things keep ViT-H within a workstation's memory: tensors that repeat over their first dimension (the image
+embedding before the first decoder block is the same for every prompt of an image, positional embeddings always are) are
+stored once, what a stage hands to a unit in it as it came is not stored again, and beyond a budget tensors lie in
+memory-mapped files. On a GPU they stay there while a quarter of its free
 memory lasts: each step of a reconstruction reads tens of megabytes, which would cross the bus every time.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from carsam.errors import CarsamError
 from carsam.output.files import SPILL, clear_spills
@@ -51,10 +53,13 @@ class ActivationCache:
         return some
 
     def append(self, tensors: dict[str, Tensor]) -> None:
-        """Stores one item's tensors, each (n, ...)."""
+        """Stores one item's tensors, each (n, ...); what this space's caches gave and nobody changed is shared."""
         self._items.append({name: self._store(value) for name, value in tensors.items()})
 
     def _store(self, value: Tensor) -> tuple[Tensor, int]:
+        kept, version = self._space.given.get(value, (None, None))
+        if kept is not None and value._version == version:
+            return kept
         value, repeats = value.detach(), value.shape[0]
         if repeats > 1 and torch.equal(value[:1].expand_as(value), value):
             value = value[:1]
@@ -63,10 +68,12 @@ class ActivationCache:
 
     def get(self, index: int, device: torch.device) -> dict[str, Tensor]:
         """One item in float32 on ``device``."""
-        return {
-            name: value.to(device).float().expand(repeats, *value.shape[1:])
-            for name, (value, repeats) in self._items[index].items()
-        }
+        found = {}
+        for name, kept in self._items[index].items():
+            value, repeats = kept
+            found[name] = value.to(device).float().expand(repeats, *value.shape[1:])
+            self._space.given[found[name]] = kept, found[name]._version
+        return found
 
     def batch(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
         """Several items, concatenated along the first dimension."""
@@ -88,6 +95,8 @@ class CacheSpace:
     def __init__(self, budget: int = 6 * 2**30, directory: Path | None = None, device: torch.device | None = None):
         clear_spills()
         self.budget = budget
+        # What caches gave and somebody still holds: as it is kept, and the tensor's version when it was given.
+        self.given = WeakTensorKeyDictionary()
         self._device = device if device is not None and device.type == "cuda" else None
         self._device_budget = torch.cuda.mem_get_info(device)[0] // 4 if self._device is not None else 0
         self._parent = directory

@@ -117,6 +117,7 @@ class Walk:
             streams = self._enter(part, streams)
             for stage in part.stages:
                 self._stage(stage, *streams, last=stage is part.stages[-1], last_part=part is self.parts[-1])
+                release_memory()  # the inputs of the stage, of which its units kept more
         self._tune_on_masks()
         self._tune()
         return self.report

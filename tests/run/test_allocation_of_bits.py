@@ -16,6 +16,7 @@ from carsam.methods.car_sam_plus import CarSamPlus
 from carsam.models.family import family_of, find_sites
 from carsam.models.sites import OPERANDS
 from carsam.pack.folder import RECIPE
+from carsam.prompts import image as prompted
 from carsam.prompts.calibration import CalibrationSet
 from carsam.prompts.image import PromptedImage
 from carsam.quantizers import SiteQuantizer, SoftmaxQuantizer
@@ -109,7 +110,7 @@ def test_sites_of_the_decoder_are_tried_at_three_numbers_of_bits(subject, monkey
             inside.add(site.name)
     assert inside and all(map(sites.in_decoder, inside))
     # One large image judges.
-    monkeypatch.setattr(allocation, "LARGE", 1)
+    monkeypatch.setattr(prompted, "LARGE", 1)
     tries, judged[:] = len(judged), []
     assert errors().keys() == found.keys() and set(judged) == {1} and len(judged) == tries
 
