@@ -15,7 +15,7 @@ from carsam.models.family import Tensors
 from carsam.models.sites import AttentionSite, Sites
 from carsam.prompts.calibration import CalibrationSet
 from carsam.quantizers.sampling import step_for
-from carsam.transform.statistics import enough_in_encoder, hooked, pass_over
+from carsam.transform.statistics import hooked, pass_over, spared_embedding
 
 # Every third image judges what the others set ranges on.
 JUDGES = 3
@@ -182,8 +182,8 @@ def captured_calls(
             for index, image in enumerate(counted(data.images[:images])):
                 at = index
                 judging = index % JUDGES == JUDGES - 1
-                known = data.embedding(index) if enough_in_encoder(data, index) else None
-                given = pass_over(model, sites, replace(image, boxes=image.boxes[:PROMPTS]), known)
+                some = replace(image, boxes=image.boxes[:PROMPTS])
+                given = pass_over(model, sites, some, spared_embedding(data, index))
                 if given is not None:
                     encoded.append(given)
     finally:

@@ -25,7 +25,7 @@ from carsam.quantizers.shifted import Shift, ShiftedQuantizer, ShiftedRecord
 from carsam.quantizers.uniform import UniformRecord
 from carsam.transform.calls import JUDGES
 from carsam.transform.choice import LEAST_GAIN
-from carsam.transform.statistics import enough_in_encoder, hooked, pass_over
+from carsam.transform.statistics import hooked, pass_over, spared_embedding
 
 # Rows of an image that judge.
 ROWS = 192
@@ -126,7 +126,7 @@ def choose_ranges(
 
         hooks = [(name, lambda x, _out, name=name, see=see: see(name, x)) for name in layers]
         with hooked(model, hooks):
-            pass_over(model, sites, image, data.embedding(index) if enough_in_encoder(data, index) else None)
+            pass_over(model, sites, image, spared_embedding(data, index))
 
     chosen: dict[str, str | Shift] = {}
     reports = []

@@ -86,6 +86,11 @@ def enough_in_encoder(data: CalibrationSet, index: int) -> bool:
     return data.images[index].large and index >= FEW
 
 
+def spared_embedding(data: CalibrationSet, index: int) -> Tensor | None:
+    """An image's embedding where it is known and the encoder need not be watched: it spares a pass of the encoder."""
+    return data.embedding(index) if enough_in_encoder(data, index) else None
+
+
 def pass_over(
     model: nn.Module, sites: Sites, image: CalibrationImage, embedding: Tensor | None = None
 ) -> Tensors | None:
