@@ -10,6 +10,7 @@ from pathlib import Path
 
 # As carsam does, which may be imported only after torch here.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Small models gain nothing from a second thread: the suite takes a third less time with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # pytest-xdist tells its workers the size of a terminal; what tests print goes to none.

@@ -1,6 +1,7 @@
 """``import carsam``: quick, complete, and it teaches transformers in whatever order the two are imported."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,29 @@ def test_import_takes_neither_torch_nor_two_seconds():
     assert float(seconds) < 2
 
 
+@pytest.mark.parametrize(
+    "chosen, found",
+    [
+        ({}, ("PASSIVE", "1000")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
+        ({"GOMP_SPINCOUNT": "7"}, ("PASSIVE", "7")),
+    ],
+)
+def test_threads_that_wait_spin_a_little_unless_the_user_says_otherwise(chosen, found):
+    said = python(
+        """
+        import json, os, sys
+        for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+            os.environ.pop(name, None)
+        os.environ.update(json.loads(sys.argv[1]))
+        import carsam
+        print(json.dumps([os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")]))
+        """,
+        json.dumps(chosen),
+    )
+    assert tuple(json.loads(said)) == found
+
+
 def test_every_public_name_is_there():
     for name in carsam.__all__:
         defined = {"CalibrationImage": "PromptedImage"}.get(name, name)
@@ -58,7 +82,7 @@ def test_every_room_says_what_it_is_for():
 def test_type_checkers_see_the_same_names():
     """The imports under TYPE_CHECKING, the table of places and ``__all__`` say the same."""
     tree = ast.parse(Path(carsam.__file__).read_text(encoding="utf-8"))
-    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert seen == carsam._PLACES
     assert sorted(carsam.__all__) == carsam.__all__
