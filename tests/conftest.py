@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# As carsam does, which may be imported only after torch here.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Before torch: it says how threads wait.
+import carsam
+
 # Small models gain nothing from a second thread: the suite takes a third less time with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # pytest-xdist tells its workers the size of a terminal; what tests print goes to none.
@@ -25,7 +25,6 @@ from places import CALIBRATION, EVALUATION, NANO, ROOT
 from tinyvit_state import SIDES, SMALL
 from transformers import SamModel
 
-import carsam
 from carsam.config import CalibrationConfig, QuantizeConfig
 from carsam.data.images.normalisation import PREPROCESSOR
 from carsam.data.images.transforms import preprocessor_config
